@@ -1,0 +1,47 @@
+"""Mistakes of a user end in one line on stderr and exit code 2; mistakes of ours end in a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one line: the thing, its value, what would be valid."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``"; did you mean 'top_k'?"``, or the list of valid names when none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid are: {', '.join(valid)}"
+
+
+def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for a program's ``main``: `UserError` and a full disk become ``error: ...`` and exit code 2.
+
+    All processes of a launcher meet the same mistake; only rank 0 prints it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as mistake:
+            message = str(mistake)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = problem.filename or "the output"
+            message = f"no space left on the disk that holds {where}; nothing half-written was kept"
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+
+    return wrapped
