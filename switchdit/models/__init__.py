@@ -1,0 +1,119 @@
+"""Every published size by its name, and `build_model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from switchdit.errors import UserError, nearest
+from switchdit.models.dit import DiT
+from switchdit.models.switch_dit import SwitchDiT
+
+SYSTEMS: dict[str, type[DiT]] = {"DiT": DiT, "Switch-DiT": SwitchDiT}
+
+# DiT, Table 1
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+PATCH_SIZES = (2, 4, 8)
+
+COMMON_FIELDS = {
+    "input_size": 32,
+    "in_channels": 4,
+    "mlp_ratio": 4.0,
+    "num_classes": 1000,
+    "class_dropout_prob": 0.1,
+    "learn_sigma": True,
+    "num_timesteps": 1000,
+}
+# Switch-DiT, Sec. 5.1
+SYSTEM_FIELDS: dict[str, dict[str, Any]] = {"DiT": {}, "Switch-DiT": {"num_experts": 3, "top_k": 2, "ep_size": 1}}
+
+MODEL_NAMES = [f"{system}-{size}/{patch}" for system in SYSTEMS for size in SIZES for patch in PATCH_SIZES]
+
+
+def model_fields(name: str, **overrides: Any) -> dict[str, Any]:
+    """The size table's row for ``name`` with ``overrides``, checked.
+
+    Raises:
+        UserError (a ValueError): unknown name or field, with the nearest valid one, or numbers that do not fit.
+    """
+    if name not in MODEL_NAMES:
+        raise UserError(f"model '{name}' is unknown{nearest(name, MODEL_NAMES)}")
+    system, size, patch = _split_name(name)
+    fields = {**COMMON_FIELDS, **SIZES[size], "patch_size": patch, **SYSTEM_FIELDS[system]}
+    if overrides.get("num_classes") == 1:  # one class: nothing to guide towards
+        fields["class_dropout_prob"] = 0.0
+    for key, value in overrides.items():
+        if key not in fields:
+            raise UserError(f"model field '{key}' is unknown for {name}{nearest(key, fields)}")
+        fields[key] = _same_type(key, value, fields[key])
+    _check(fields)
+    return fields
+
+
+def build_model(name: str, **overrides: Any) -> DiT:
+    """A model by its published name, e.g. ``build_model("Switch-DiT-S/2", num_classes=10, depth=6)``.
+
+    Works in a single process without torch.distributed; with ``ep_size > 1`` torch.distributed must be initialised.
+
+    Args:
+        name: ``{DiT, Switch-DiT}-{S, B, L, XL}/{2, 4, 8}``.
+        overrides: any of the fields that `model_fields` returns.
+
+    Raises:
+        UserError (a ValueError): see `model_fields`.
+    """
+    model_class = SYSTEMS[_split_name(name)[0]] if name in MODEL_NAMES else DiT
+    return model_class(**model_fields(name, **overrides))
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters in total, and those active for a given timestep: all but M - k experts of every block.
+
+    Fixed positions count, as they do in the published figures. With ``ep_size > 1`` experts of all ranks count.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for block in getattr(model, "blocks", []):
+        if moe := getattr(block, "moe", None):
+            expert = sum(p.numel() for p in moe.deepspeed_moe.experts.deepspeed_experts[0].parameters())
+            total += expert * (moe.num_experts - moe.num_local_experts)
+            idle += expert * (moe.num_experts - moe.gate.k)
+    return total, total - idle
+
+
+def _split_name(name: str) -> tuple[str, str, int]:
+    stem, patch = name.split("/")
+    system, size = stem.rsplit("-", 1)
+    return system, size, int(patch)
+
+
+def _same_type(key: str, value: Any, like: Any) -> Any:
+    if isinstance(like, bool):
+        valid = isinstance(value, bool)
+    elif isinstance(like, int):
+        valid = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not valid:
+        raise UserError(f"model field '{key}' must be of type {type(like).__name__}, not {value!r}")
+    return type(like)(value)
+
+
+def _check(f: dict[str, Any]) -> None:
+    for key in set(f) & {"input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "patch_size"}:
+        if f[key] < 1:
+            raise UserError(f"model field '{key}' must be at least 1, not {f[key]}")
+    if f["input_size"] % f["patch_size"]:
+        raise UserError(f"input_size ({f['input_size']}) must be divisible by patch_size ({f['patch_size']})")
+    if f["hidden_size"] % f["num_heads"]:
+        raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by num_heads ({f['num_heads']})")
+    if f["hidden_size"] % 4:
+        raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by 4, for 2-D sine and cosine positions")
+    if not 0 <= f["class_dropout_prob"] <= 1:
+        raise UserError(f"class_dropout_prob ({f['class_dropout_prob']}) must lie between 0 and 1")

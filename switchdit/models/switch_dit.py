@@ -1,0 +1,78 @@
+"""Switch-DiT (Park et al. 2024, arXiv 2403.09176): every DiT block begins with experts chosen by the timestep.
+
+N = samples, L = tokens, D = width, B = blocks, M = experts, k = top-k, T = timesteps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from switchdit.models.dit import DiT, DiTBlock
+from switchdit.moe.layer import TimestepMoE
+
+
+@dataclass
+class Routing:
+    """How a batch was routed.
+
+    Attributes:
+        probs: (N, B*M) float32 gate probabilities, the softmax of each block side by side; differentiable.
+        task_expert_map: (T, B*M) of 0 and 1: what each timestep would choose with the gates as they are when this is
+            first read (it gates all T timesteps, which the forward pass has no need of).
+    """
+
+    probs: Tensor
+    model: SwitchDiT
+
+    @cached_property
+    def task_expert_map(self) -> Tensor:
+        return self.model.task_expert_map()
+
+
+class SwitchDiTBlock(DiTBlock):
+    """``r = z * m``, the DiT block on r, and the rest of z around it: ``block(r) + z * (1 - m)`` (Eq. 5, 6)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, num_experts: int, top_k: int, ep_size: int):
+        super().__init__(hidden_size, num_heads, mlp_ratio)
+        self.moe = TimestepMoE(hidden_size, num_experts, top_k, ep_size)
+
+    def forward(self, z: Tensor, c: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, L, D), (N, D), (N, D) -> (N, L, D), gate probabilities (N, M)."""
+        mixture, probs = self.moe(z, e_t)
+        routed = z + z * mixture  # z * m with m = 1 + mixture
+        return super().forward(routed, c) + (z - routed), probs
+
+
+class SwitchDiT(DiT):
+    """DiT with a `TimestepMoE` in every block. Build it with `switchdit.build_model`."""
+
+    def __init__(self, *, num_experts: int, top_k: int, ep_size: int, **dit_fields):
+        self.num_experts, self.top_k, self.ep_size = num_experts, top_k, ep_size
+        super().__init__(**dit_fields)
+
+    def make_block(self) -> SwitchDiTBlock:
+        return SwitchDiTBlock(
+            self.hidden_size, self.num_heads, self.mlp_ratio, self.num_experts, self.top_k, self.ep_size
+        )
+
+    @torch.no_grad()
+    def task_expert_map(self) -> Tensor:
+        """Which experts each of the T timesteps chooses: (T, B*M) float32 of 0 and 1, k ones per block."""
+        e_t = self.t_embedder(torch.arange(self.num_timesteps, device=self.pos_embed.device))
+        return torch.cat([block.moe.gate.expert_map(e_t) for block in self.blocks], dim=1).float()
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """As `DiT.forward`; with ``return_routing`` also the `Routing` of the batch."""
+        z, c, e_t = self.embed(x, t, y, drop_label)
+        probs = []
+        for block in self.blocks:
+            z, block_probs = block(z, c, e_t)  # (N, L, D), (N, M)
+            probs.append(block_probs)
+        out = self.unpatchify(self.final_layer(z, c))
+        return (out, Routing(torch.cat(probs, dim=1), self)) if return_routing else out
