@@ -1,0 +1,242 @@
+"""One YAML file plus dotted overrides describes a run; everything is checked before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchdit.errors import UserError, nearest
+
+
+def _require(condition: bool, name: str, value: Any, valid: str) -> None:
+    if not condition:
+        raise UserError(f"{name} is {value!r}; it must be {valid}")
+
+
+@dataclass
+class DataConfig:
+    """latents: folder written by tools/extract_latents.py. image_size (pixels) and vae say what it must hold."""
+
+    latents: str
+    image_size: int
+    vae: str  # folder or hub name of the autoencoder
+    horizontal_flip: bool = True
+
+    def __post_init__(self):
+        _require(self.image_size > 0, "data.image_size", self.image_size, "at least 1")
+
+
+@dataclass
+class DiffusionConfig:
+    schedule: str = "cosine"
+
+    def __post_init__(self):
+        _require(self.schedule in ("cosine", "linear"), "diffusion.schedule", self.schedule, "cosine or linear")
+
+
+@dataclass
+class LossConfig:
+    """lambda_dp: weight of the diffusion prior loss (ignored by models without experts); prior: which target table."""
+
+    lambda_dp: float = 1.0
+    prior: str = "code"
+
+    def __post_init__(self):
+        _require(self.lambda_dp >= 0, "loss.lambda_dp", self.lambda_dp, "at least 0")
+        _require(self.prior in ("code", "paper"), "loss.prior", self.prior, "code or paper")
+
+
+@dataclass
+class TrainConfig:
+    """global_batch = micro_batch x gradient_accumulation_steps x number of processes; micro_batch follows if null."""
+
+    steps: int
+    global_batch: int = 256
+    micro_batch: int | None = None
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 0.0  # 0: no clipping
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        for name in ("steps", "global_batch", "gradient_accumulation_steps"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "at least 1")
+        for name in ("seed", "weight_decay", "warmup_steps", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        for name in ("lr", "eps"):
+            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _require(two, "train.betas", self.betas, "two numbers from 0 to below 1")
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "from 0 to below 1")
+
+
+@dataclass
+class MonitorConfig:
+    """Every how many steps; 0 switches the thing off. sample_every and sample_classes need data.vae at hand."""
+
+    log_every: int = 100
+    checkpoint_every: int = 10_000
+    sample_every: int = 0
+    routing_every: int = 1_000
+    sample_classes: int = 10
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            _require(getattr(self, f.name) >= 0, f"monitor.{f.name}", getattr(self, f.name), "at least 0")
+        _require(self.log_every >= 1, "monitor.log_every", self.log_every, "at least 1")
+
+
+@dataclass
+class SampleConfig:
+    """guided_channels: latent channels under guidance, null for all (Switch-DiT), 3 for DiT's published numbers."""
+
+    cfg_scale: float = 1.5
+    guided_channels: int | None = None
+    num_steps: int = 250
+    sampler: str = "ddpm"
+    eta: float = 0.0
+
+    def __post_init__(self):
+        _require(self.cfg_scale >= 0, "sample.cfg_scale", self.cfg_scale, "at least 0")
+        _require(self.num_steps >= 1, "sample.num_steps", self.num_steps, "at least 1")
+        _require(self.sampler in ("ddpm", "ddim"), "sample.sampler", self.sampler, "ddpm or ddim")
+        _require(0 <= self.eta <= 1, "sample.eta", self.eta, "from 0 to 1 (of DDIM; 0 is deterministic)")
+        channels = self.guided_channels
+        _require(channels is None or channels >= 1, "sample.guided_channels", channels, "at least 1, or null for all")
+
+
+@dataclass
+class Config:
+    """model: ``name`` and any field of `switchdit.models.model_fields`. run_dir: where everything of the run goes."""
+
+    run_dir: str
+    model: dict[str, Any]
+    data: DataConfig
+    train: TrainConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        _require("name" in self.model, "model.name", None, "given, e.g. Switch-DiT-S/2")
+
+    @property
+    def model_name(self) -> str:
+        return self.model["name"]
+
+    @property
+    def model_overrides(self) -> dict[str, Any]:
+        return {k: v for k, v in self.model.items() if k != "name"}
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as ``train.lr=3e-4`` (the value is YAML too).
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest valid one), wrong type, or a value out of range.
+    """
+    return config_from_dict(_apply(_read_yaml(Path(path)), overrides))
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """As `load_config`, from nested dictionaries."""
+    return _build(Config, values, "")
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file '{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise UserError(f"config file '{path}' cannot be read: {' '.join(str(problem).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file '{path}' must hold sections such as model: and train:")
+    return values
+
+
+def _apply(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override '{override}' must have the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override '{override}': the value is not valid YAML") from None
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+        section[last] = value
+    return values
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """A dataclass from a dictionary, with every key known and every value of the annotated type."""
+    if not isinstance(values, dict):
+        raise UserError(f"config section '{path.rstrip('.')}' must hold keys, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"config key '{path}{key}' is unknown{_nearest_key(str(key), path, hints)}")
+    arguments = {}
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            hint, value = hints[f.name], values[f.name]
+            nested = dataclasses.is_dataclass(hint)
+            arguments[f.name] = (
+                _build(hint, value, f"{path}{f.name}.") if nested else _typed(hint, value, path + f.name)
+            )
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"config key '{path}{f.name}' is missing")
+    return cls(**arguments)
+
+
+def _nearest_key(key: str, path: str, hints: dict[str, Any]) -> str:
+    """The nearest key of this section; else the section of another that has exactly this key."""
+    for name, section in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(section) and key in typing.get_type_hints(section):
+            return f"; did you mean '{name}.{key}'?"
+    hint = nearest(key, hints)
+    return hint.replace("did you mean '", f"did you mean '{path}") if "did you" in hint else hint
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _typed(arguments[0], value, name)
+    if origin is list and isinstance(value, list):
+        return [_typed(arguments[0], v, name) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4, without a dot, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise UserError(f"config key '{name}' must be of type {expected}, not {value!r}")

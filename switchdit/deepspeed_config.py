@@ -1,0 +1,111 @@
+"""DeepSpeed's JSON from ds_configs/: fills "auto" from the run's config, rejects what cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from switchdit.config import Config
+from switchdit.errors import UserError
+
+
+def micro_batch_of(config: Config, world_size: int) -> int:
+    """Samples per process and forward pass; checks that ``train.global_batch`` divides.
+
+    Raises:
+        UserError: if global_batch != micro_batch x gradient_accumulation_steps x world_size.
+    """
+    train = config.train
+    per_sample = train.gradient_accumulation_steps * world_size
+    described = (
+        f"gradient_accumulation_steps ({train.gradient_accumulation_steps}) x number of processes ({world_size})"
+    )
+    if train.global_batch % per_sample:
+        raise UserError(f"train.global_batch ({train.global_batch}) must be divisible by {described}")
+    micro_batch = train.global_batch // per_sample
+    if train.micro_batch not in (None, micro_batch):
+        raise UserError(
+            f"train.global_batch ({train.global_batch}) must equal micro_batch ({train.micro_batch}) x {described}; "
+            f"leave micro_batch null to get {micro_batch}"
+        )
+    return micro_batch
+
+
+def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration as a dictionary with every "auto" replaced.
+
+    As in the Hugging Face integration, "auto" takes the value that the run's own config implies, and a value that is
+    given in both places must agree.
+
+    Raises:
+        UserError: unreadable file, an "auto" that nothing can fill, a contradiction, or a setting that does not work
+            with timestep-routed experts.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"DeepSpeed config '{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise UserError(f"DeepSpeed config '{path}' is not valid JSON: {problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"DeepSpeed config '{path}' must be a JSON object")
+
+    train = config.train
+    known = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch_of(config, world_size),
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": train.max_grad_norm,
+        "optimizer.params.lr": train.lr,
+        "optimizer.params.betas": train.betas,
+        "optimizer.params.eps": train.eps,
+        "optimizer.params.weight_decay": train.weight_decay,
+    }
+    # torch's own AdamW needs no compiler; DeepSpeed's fused one is the better on a GPU
+    free = {"optimizer.params.torch_adam": not on_gpu}
+    _fill(values, "", {**known, **free}, known, path)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        values.setdefault(key, known[key])
+    values.setdefault("gradient_clipping", known["gradient_clipping"])
+    _reject(values, path, config, world_size, on_gpu)
+    return values
+
+
+def _fill(section: dict, prefix: str, fillers: dict[str, Any], known: dict[str, Any], path: Path) -> None:
+    for key, value in section.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            _fill(value, name + ".", fillers, known, path)
+        elif value == "auto":
+            if name not in fillers:
+                raise UserError(f"DeepSpeed config '{path}': nothing in the run's config fills \"auto\" of '{name}'")
+            section[key] = fillers[name]
+        elif name in known and value != known[name]:
+            raise UserError(
+                f"DeepSpeed config '{path}': '{name}' is {value}, but the run's config implies {known[name]}; "
+                'write "auto" there or make them agree'
+            )
+
+
+def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int, on_gpu: bool) -> None:
+    zero = values.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    bf16 = values.get("bf16", {}).get("enabled", False)
+    fp16 = values.get("fp16", {}).get("enabled", False)
+    ep_size = config.model.get("ep_size", 1)
+    problems = [
+        ("optimizer" not in values, "needs an 'optimizer' section, e.g. of type AdamW"),
+        ("scheduler" in values, "must have no 'scheduler': the learning rate follows train.lr and train.warmup_steps"),
+        (stage not in (0, 1, 2), f"zero_optimization.stage is {stage}; with DeepSpeed's MoE it must be 0, 1 or 2"),
+        (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),
+        (stage == 2 and not zero.get("reduce_scatter", True), "ZeRO-2 with MoE needs reduce_scatter"),
+        (stage == 0 and bf16, "bf16 needs zero_optimization.stage 1 or 2, which keep float32 master weights"),
+        (fp16, "fp16 is not supported: use bf16, or neither for float32"),
+        (values.get("use_data_before_expert_parallelism", False), "use_data_before_expert_parallelism must be off"),
+        (world_size % ep_size != 0, f"number of processes ({world_size}) must be divisible by ep_size ({ep_size})"),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise UserError(f"DeepSpeed config '{path}': {message}" if "ep_size" not in message else message)

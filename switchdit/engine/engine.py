@@ -1,0 +1,112 @@
+"""Processes, and the one call of `deepspeed.initialize`: models are written for one device, parallelism starts here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import __compatible_ops__
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from switchdit.engine.checkpoint import TensorsOnlyCheckpointEngine
+from switchdit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them. ``local_rank`` counts within the node and chooses the device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def init_processes() -> Processes:
+    """Join the process group that the launcher describes in the environment; alone without a launcher.
+
+    NCCL on CUDA, gloo on the CPU. DeepSpeed's own messages are kept to warnings.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(variable, alone)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # its shared-memory collectives are compiled on first use; gloo needs no compiler
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "gloo"
+    else:
+        backend = accelerator.communication_backend_name()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device(accelerator.device_name(local_rank))
+    accelerator.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def on_gpu() -> bool:
+    return get_accelerator().device_name() != "cpu"
+
+
+def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Wrap ``model``: device, precision, expert-parallel groups, optimizer, ZeRO partitions.
+
+    Args:
+        model: from `build_model`, built after `init_processes`.
+        deepspeed_config: from `resolve_deepspeed_config`.
+
+    Raises:
+        UserError: if DeepSpeed refuses the configuration.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=deepspeed_config)
+    except deepspeed.runtime.config.DeepSpeedConfigError as problem:
+        raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
+    engine.checkpoint_engine = TensorsOnlyCheckpointEngine()
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Norm of the last step's gradient before clipping; None where DeepSpeed does not compute one."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave(code: int = 0) -> None:
+    """End a distributed program at once, after all processes have come here.
+
+    gloo's threads now and then abort a process that has finished its work ("terminate called without an active
+    exception"); leaving without interpreter shutdown never does.
+    """
+    barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

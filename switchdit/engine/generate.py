@@ -1,0 +1,129 @@
+"""Images from averaged weights: the model without ranks, guidance, sampler, decoder.
+
+N = images, C = latent channels, h = latent size, H = image size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchdit.config import Config, SampleConfig
+from switchdit.data.autoencoder import Autoencoder, load_autoencoder
+from switchdit.diffusion.gaussian import GaussianDiffusion
+from switchdit.diffusion.samplers import PerImageNoise, ddim_steps, ddpm_steps, guided
+from switchdit.engine.global_state import load_global_state_dict
+from switchdit.errors import UserError
+from switchdit.models import build_model
+from switchdit.models.dit import DiT
+
+
+def build_averaged_model(model: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> DiT:
+    """The model of a checkpoint's ``state.json`` on one device, all experts local, in evaluation mode.
+
+    Args:
+        model: ``name`` and fields.
+        weights: experts under global ids, as `Ema.state_dict` returns them.
+    """
+    fields = {k: v for k, v in model.items() if k != "name"}
+    if "ep_size" in fields:
+        fields["ep_size"] = 1
+    built = build_model(model["name"], **fields)
+    load_global_state_dict(built, weights, "the averaged weights")
+    return built.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def generate(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    autoencoder: Autoencoder,
+    labels: Tensor,
+    indices: list[int],
+    options: SampleConfig,
+    seed: int,
+    tick: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Sample and decode.
+
+    Args:
+        diffusion: the full schedule; it is respaced to ``options.num_steps``.
+        labels: (N,) int64; indices: which images of the whole set these are: image i depends on (seed, i) alone.
+        tick: called after every sampling step.
+
+    Returns:
+        (N, H, W, 3) uint8.
+
+    Raises:
+        UserError: if guidance is asked of a model that was trained without a null label, or of more channels or steps
+            than there are.
+    """
+    if options.cfg_scale != 1.0 and model.null_label is None:
+        raise UserError(
+            f"sample.cfg_scale is {options.cfg_scale}, but the model was trained without label dropout; it must be 1.0"
+        )
+    device = model.pos_embed.device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    noise = PerImageNoise(seed, indices, shape, device)
+    denoise = guided(model, labels.to(device), model.null_label, options.cfg_scale, options.guided_channels)
+    respaced = diffusion.respaced(options.num_steps)
+    start = noise()
+    if options.sampler == "ddim":
+        steps = ddim_steps(denoise, respaced, start, noise, eta=options.eta)
+    else:
+        steps = ddpm_steps(denoise, respaced, start, noise)
+    latents = start
+    for step in steps:
+        latents = step.x
+        tick()
+    return autoencoder.decode(latents).cpu().numpy()
+
+
+def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
+    """Label of each image: all classes in turn, so that every class has its share."""
+    return np.arange(num_images, dtype=np.int64) % num_classes
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """(N, H, W, 3) images, row by row, on white: uint8 picture. N must be a multiple of ``columns``."""
+    n, height, width, _ = images.shape
+    rows = n // columns
+    picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def class_rows(images: np.ndarray, labels: np.ndarray, max_rows: int, columns: int) -> np.ndarray:
+    """A grid with one row for each of the first ``max_rows`` classes, ``columns`` images or as many as each has."""
+    classes = np.unique(labels)[:max_rows]
+    columns = min([columns, *(int((labels == c).sum()) for c in classes)])
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes])
+    return image_grid(images[chosen], columns)
+
+
+def sample_grid(
+    config: Config,
+    model: dict[str, Any],
+    weights: dict[str, Tensor],
+    diffusion: GaussianDiffusion,
+    device: torch.device,
+) -> np.ndarray:
+    """The picture that monitors show: four images of each of the first ``monitor.sample_classes`` classes."""
+    averaged = build_averaged_model(model, weights, device)
+    labels = np.repeat(np.arange(min(averaged.num_classes, max(1, config.monitor.sample_classes))), 4)
+    images = generate(
+        averaged,
+        diffusion,
+        load_autoencoder(config.data.vae, device),
+        torch.from_numpy(labels),
+        list(range(len(labels))),
+        config.sample,
+        config.train.seed,
+    )
+    return image_grid(images, columns=4)

@@ -1,0 +1,130 @@
+"""What a run tells about itself: TensorBoard, ``log.jsonl`` and a line on the terminal. The only writer of TensorBoard.
+
+Scalars: loss/{total,mse,vlb,prior}, loss_by_timestep/NNN-NNN (mse), train/{lr,grad_norm,images_per_second}.
+Images: samples/ema (one row per class), routing/task_expert_map (gates left, matched prior right; paper, Fig. 6).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from switchdit.engine.engine import Processes
+from switchdit.files import atomic_write
+
+TERMS = ("total", "mse", "vlb", "prior")
+NUM_BINS = 10
+
+
+class Monitor:
+    """Sums losses on the device and, at logging steps alone, reduces them over all processes and writes them.
+
+    Args:
+        run_dir: gets ``tensorboard/`` and ``log.jsonl``, written by the first process.
+        first_step: steps done before; whatever an interrupted run logged beyond is dropped.
+    """
+
+    def __init__(self, run_dir: Path, processes: Processes, num_timesteps: int, global_batch: int, first_step: int):
+        self.processes, self.num_timesteps, self.global_batch = processes, num_timesteps, global_batch
+        self.writer, self.log_file = None, None
+        if processes.is_first:
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self.log_file = _continue_log(run_dir / "log.jsonl", first_step)
+        # per term: sum and count; per bin of timesteps: sum and count of the squared error
+        self.sums = torch.zeros(len(TERMS) + 1 + 2 * NUM_BINS, dtype=torch.float64, device=processes.device)
+        self._restart(first_step)
+
+    def add(self, terms: dict[str, Tensor], mse: Tensor, t: Tensor) -> None:
+        """A micro-batch: scalar loss terms, and (n,) squared errors at (n,) timesteps. No host synchronisation."""
+        values = torch.stack([terms[name].detach().double() for name in TERMS])
+        self.sums[: len(TERMS)] += values
+        self.sums[len(TERMS)] += 1
+        bins = t * NUM_BINS // self.num_timesteps
+        by_bin = self.sums[len(TERMS) + 1 :].view(2, NUM_BINS)
+        by_bin[0].index_add_(0, bins, mse.detach().double())
+        by_bin[1].index_add_(0, bins, torch.ones_like(mse, dtype=torch.float64))
+
+    def log(self, step: int, num_steps: int, lr: float, grad_norm: float | None) -> dict[str, float]:
+        """Means since the last call over all processes, written at ``step``; collective."""
+        dist.all_reduce(self.sums)
+        sums = self.sums.tolist()
+        terms, count = sums[: len(TERMS)], sums[len(TERMS)]
+        by_bin = np.array(sums[len(TERMS) + 1 :]).reshape(2, NUM_BINS)
+        rate = (step - self.last_step) * self.global_batch / (time.perf_counter() - self.last_time)
+        scalars = {f"loss/{name}": value / count for name, value in zip(TERMS, terms, strict=True)}
+        scalars["train/lr"] = lr
+        if grad_norm is not None:
+            scalars["train/grad_norm"] = grad_norm
+        scalars["train/images_per_second"] = rate
+        for i, (total, samples) in enumerate(by_bin.T):
+            if samples:
+                low, high = i * self.num_timesteps // NUM_BINS, (i + 1) * self.num_timesteps // NUM_BINS - 1
+                scalars[f"loss_by_timestep/{low:03d}-{high:03d}"] = total / samples
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.log_file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self.log_file.flush()
+            losses = "  ".join(f"{name} {scalars['loss/' + name]:.4f}" for name in TERMS)
+            norm = "" if grad_norm is None else f"  grad {grad_norm:.3f}"
+            tqdm.write(f"step {step}/{num_steps}  loss: {losses}{norm}  lr {lr:.2e}  {rate:.0f} images/s")
+        self._restart(step)
+        return scalars
+
+    def log_samples(self, step: int, images: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8."""
+        if self.writer:
+            self.writer.add_image("samples/ema", images, step, dataformats="HWC")
+
+    def log_routing(self, step: int, task_expert_map: Tensor, prior: Tensor, assignment: Tensor) -> None:
+        """The gates' map (T, C) beside its prior, columns brought into the prior's order."""
+        if self.writer:
+            picture = routing_picture(task_expert_map.cpu().numpy(), prior.cpu().numpy(), assignment.numpy())
+            self.writer.add_image("routing/task_expert_map", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+            self.log_file.close()
+
+    def _restart(self, step: int) -> None:
+        self.sums.zero_()
+        self.last_step, self.last_time = step, time.perf_counter()
+
+
+def routing_picture(task_expert_map: np.ndarray, prior: np.ndarray, assignment: np.ndarray) -> np.ndarray:
+    """Two binary maps (T, C) side by side, timesteps downwards: (about 500, about 1000, 3) uint8, active is dark.
+
+    Columns of the gates stand where `assignment` puts them in the prior, so that a perfect match looks the same.
+    """
+    ordered = np.empty_like(task_expert_map)
+    ordered[:, assignment] = task_expert_map
+    rows = np.linspace(0, len(prior) - 1, 500).round().astype(int)
+    scale = max(1, 500 // prior.shape[1])
+    panels = [np.repeat(panel[rows], scale, axis=1) for panel in (ordered, prior)]
+    dark, light = np.array([28, 60, 120], dtype=np.uint8), np.array([235, 238, 243], dtype=np.uint8)
+    left, right = (np.where(panel[..., None] > 0.5, dark, light) for panel in panels)
+    gap = np.full((len(rows), 20, 3), 255, dtype=np.uint8)
+    return np.concatenate([left, gap, right], axis=1)
+
+
+def _continue_log(path: Path, first_step: int):
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                    kept.append(line)
+            except json.JSONDecodeError:  # cut off by an interruption
+                continue
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
+    return open(path, "a")

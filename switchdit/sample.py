@@ -1,0 +1,123 @@
+"""Sample images from a checkpoint's averaged weights into a .npz in ADM's format and a picture.
+
+deepspeed [launcher options] switchdit/sample.py --checkpoint RUN_DIR --out samples.npz [--num-samples 50000]
+          [section.key=value ...]      (or plain python for one process; e.g. sample.cfg_scale=4.0)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from switchdit.config import load_config
+from switchdit.errors import UserError, exit_on_user_error
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=__doc__.split("\n\n")[1])
+    parser.add_argument("--checkpoint", required=True, help="a run's folder (its newest checkpoint) or a checkpoint")
+    parser.add_argument("--out", required=True, help="arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; .npz")
+    parser.add_argument("--grid", help="picture with one row per class (default: beside --out, .png)")
+    parser.add_argument("--num-samples", type=int, default=50_000)
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
+    parser.add_argument("--vae", help="decoder, if it is not where the run's config says")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sample.num_steps=50")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    args = arguments()
+    for name, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if Path(args.out).suffix != ".npz":
+        raise UserError(f"--out is '{args.out}'; it must end in .npz")
+    sample(args)
+
+
+def sample(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from switchdit.data.autoencoder import load_autoencoder
+    from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
+    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
+    from switchdit.engine.engine import barrier, init_processes, leave
+    from switchdit.engine.generate import balanced_labels, build_averaged_model, class_rows, generate
+    from switchdit.files import atomic_write
+    from switchdit.progress import progress
+
+    # Validate and load.
+    checkpoint = find_checkpoint(args.checkpoint)
+    state = read_state(checkpoint)
+    config = load_config(checkpoint.parents[1] / "config.yaml", args.overrides)
+    processes = init_processes()
+    autoencoder = load_autoencoder(args.vae or config.data.vae, processes.device)
+    if state.get("vae_sha256") != autoencoder.identity["sha256"]:
+        raise UserError(
+            f"autoencoder '{args.vae or config.data.vae}' is not the one whose latents the run was trained on: "
+            f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"
+        )
+    model = build_averaged_model(state["model"], read_ema(checkpoint), processes.device)
+    diffusion = GaussianDiffusion(make_betas(state["diffusion"]["schedule"], model.num_timesteps))
+    labels = balanced_labels(args.num_samples, model.num_classes)
+
+    # Sample: every process its share of the images, into one memory-mapped file.
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.parent / f".{out.name}.arr_0.partial"
+    size = model.input_size * autoencoder.downsampling
+    shape = (args.num_samples, size, size, 3)
+    if processes.is_first:
+        print(
+            f"sampling {args.num_samples} images of {size}x{size} from {checkpoint}: {config.sample.sampler}, "
+            f"{config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, seed {args.seed}"
+        )
+        np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape).flush()
+        with open(unfinished, "rb+") as file:  # a full disk is met here, not as a bus error when pages are written
+            os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
+    barrier()
+    images = np.lib.format.open_memmap(unfinished, mode="r+")
+    mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
+    chunks = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    with progress(desc="sample", total=len(chunks) * config.sample.num_steps, unit="step") as bar:
+        for chunk in chunks:
+            images[chunk] = generate(
+                model,
+                diffusion,
+                autoencoder,
+                torch.from_numpy(labels[chunk]),
+                chunk.tolist(),
+                config.sample,
+                args.seed,
+                bar.update,
+            )
+    images.flush()
+    barrier()
+
+    # Write.
+    if processes.is_first:
+        with atomic_write(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.write(unfinished, "arr_0.npy")
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+        grid = Path(args.grid) if args.grid else out.with_suffix(".png")
+        with atomic_write(grid) as file:
+            Image.fromarray(class_rows(images, labels, max_rows=10, columns=12)).save(file, format="PNG")
+        unfinished.unlink()
+        print(f"wrote {out} ({args.num_samples} images, arr_0 uint8, arr_1 labels) and {grid}")
+    leave()
+
+
+if __name__ == "__main__":
+    main()

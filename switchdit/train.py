@@ -1,0 +1,162 @@
+"""Train a diffusion transformer with DeepSpeed.
+
+deepspeed [launcher options] switchdit/train.py --config switchdit/configs/X.yaml --deepspeed_config ds_configs/Y.json
+          [--resume auto|PATH] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from switchdit.config import Config, load_config
+from switchdit.errors import exit_on_user_error
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=__doc__.split("\n\n")[1])
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--deepspeed_config", required=True, help='JSON file of DeepSpeed, with "auto" values')
+    parser.add_argument("--resume", help="'auto': from the run's newest checkpoint if it has one; or a checkpoint")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the YAML's")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    args = arguments()
+    config = load_config(args.config, args.overrides)
+    train(config, args.deepspeed_config, args.resume)
+
+
+def train(config: Config, deepspeed_config_path: str, resume: str | None) -> None:
+    import torch
+
+    from switchdit.data.latent_dataset import LatentDataset, check_latents
+    from switchdit.data.training_batches import TrainingBatches
+    from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
+    from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
+    from switchdit.diffusion.losses import noise_losses
+    from switchdit.engine.checkpoint import load_checkpoint, save_checkpoint
+    from switchdit.engine.ema import Ema
+    from switchdit.engine.engine import build_engine, grad_norm, init_processes, leave, on_gpu, set_learning_rate
+    from switchdit.engine.generate import sample_grid
+    from switchdit.engine.monitors import Monitor
+    from switchdit.engine.run_directory import open_run
+    from switchdit.models import build_model, model_fields, parameter_counts
+    from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
+    from switchdit.progress import progress
+
+    # Validate: everything that can be wrong is found before anything is written.
+    processes = init_processes()
+    deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
+    fields = model_fields(config.model_name, **config.model_overrides)
+    dataset = LatentDataset(config.data.latents)
+    check_latents(dataset, config.data, fields)
+    run = open_run(config, deepspeed_config, processes, resume)
+
+    # Build.
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model_name, **config.model_overrides)
+    with_experts = hasattr(model, "task_expert_map")
+    diffusion = GaussianDiffusion(make_betas(config.diffusion.schedule, model.num_timesteps))
+    engine = build_engine(model, deepspeed_config)
+    ema = Ema(engine, config.train.ema_decay)
+    about = {
+        "model": {"name": config.model_name, **fields},
+        "diffusion": {"schedule": config.diffusion.schedule},
+        "vae_sha256": dataset.vae_sha256,
+        "run": {"seed": config.train.seed, "global_batch": config.train.global_batch, "num_images": len(dataset)},
+    }
+    first_step = load_checkpoint(run.resume_from, engine, ema, about) if run.resume_from else 0
+    monitor = Monitor(run.path, processes, model.num_timesteps, config.train.global_batch, first_step)
+    batches = TrainingBatches(
+        dataset,
+        seed=config.train.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        micro_batch=micro_batch_of(config, processes.world_size),
+        accumulation=config.train.gradient_accumulation_steps,
+        num_timesteps=model.num_timesteps,
+        label_dropout=model.class_dropout_prob,
+        horizontal_flip=config.data.horizontal_flip,
+    )
+    if with_experts:
+        prior = prior_mask(
+            len(model.blocks), model.num_experts, model.top_k, model.num_timesteps, config.loss.prior
+        ).to(processes.device)
+    if processes.is_first:
+        total, active = parameter_counts(model)
+        print(
+            f"{config.model_name}: {total:,} parameters, {active:,} active at a timestep; {len(dataset):,} images; "
+            f"{processes.world_size} processes on {processes.device.type}, ep_size {fields.get('ep_size', 1)}; "
+            f"global batch {config.train.global_batch} = {batches.micro_batch} x {batches.accumulation} x "
+            f"{processes.world_size}; steps {first_step} to {config.train.steps}",
+            flush=True,
+        )
+
+    # Train.
+    engine.train()
+    stream = batches.iterate(first_step, config.train.steps)
+    bar = progress(
+        range(first_step, config.train.steps), desc="train", total=config.train.steps, initial=first_step, unit="step"
+    )
+    for step in bar:
+        lr = config.train.lr * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
+        set_learning_rate(engine, lr)
+        if with_experts:
+            task_expert_map = model.task_expert_map()
+            assignment = match_columns(task_expert_map, prior, config.train.seed, step)
+
+        for _ in range(config.train.gradient_accumulation_steps):
+            batch = next(stream).to(processes.device)
+            x_t = diffusion.q_sample(batch.x0, batch.t, batch.noise)
+            if with_experts:
+                out, routing = engine(x_t, batch.t, batch.y, drop_label=batch.drop_label, return_routing=True)
+                prior_loss = diffusion_prior_loss(
+                    routing.probs, batch.t, prior, assignment.to(x_t.device), len(model.blocks)
+                )
+            else:
+                out = engine(x_t, batch.t, batch.y, drop_label=batch.drop_label)
+                prior_loss = x_t.new_zeros(())
+            noise = noise_losses(diffusion, out, batch.x0, x_t, batch.t, batch.noise)
+            mse, vlb = noise["mse"].mean(), noise["vlb"].mean()
+            total = mse + vlb + config.loss.lambda_dp * prior_loss
+            engine.backward(total)
+            engine.step()
+            monitor.add({"total": total, "mse": mse, "vlb": vlb, "prior": prior_loss}, noise["mse"], batch.t)
+        ema.update()
+
+        # Report and save.
+        done = step + 1
+        last = done == config.train.steps
+        if done % config.monitor.log_every == 0 or last:
+            monitor.log(done, config.train.steps, lr, grad_norm(engine))
+        if due(config.monitor.routing_every, done, last) and with_experts:
+            monitor.log_routing(done, task_expert_map, prior, assignment)
+        if due(config.monitor.checkpoint_every, done, last):
+            save_checkpoint(run.checkpoints, engine, ema, done, about)
+        if due(config.monitor.sample_every, done, last):
+            averaged = ema.state_dict()
+            if processes.is_first:
+                monitor.log_samples(done, sample_grid(config, about["model"], averaged, diffusion, processes.device))
+    monitor.close()
+    if processes.is_first:
+        print(
+            f"trained {config.train.steps} steps; checkpoints in {run.checkpoints}, "
+            f"TensorBoard in {run.path / 'tensorboard'}"
+        )
+    leave()
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    return every > 0 and (step % every == 0 or last)
+
+
+if __name__ == "__main__":
+    main()
