@@ -1,18 +1,34 @@
-"""One look for every progress bar, quiet in log files and on all ranks but the first."""
+"""One look for every progress bar and line beside it: redrawn in a terminal, plain lines in a log; rank 0 only."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable
+from typing import TextIO
 
 from tqdm import tqdm
+
+
+class _Lines:
+    """stderr for a log file: what a terminal would redraw becomes a line of its own."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self.file.write(text + "\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
-    """A tqdm bar on stderr: redrawn in a terminal, one line about every ten seconds in a log; rank 0 only."""
+    """A tqdm bar on stderr: redrawn in a terminal, a line about every ten seconds in a log."""
     terminal = sys.stderr.isatty()
     return tqdm(
         iterable,
@@ -20,10 +36,24 @@ def progress(
         total=total,
         unit=unit,
         initial=initial,
-        file=sys.stderr,
-        disable=int(os.environ.get("RANK", "0")) != 0,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        disable=not _is_first(),
         mininterval=0.2 if terminal else 10.0,
         maxinterval=10.0,
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
     )
+
+
+def say(line: str) -> None:
+    """Print a line to stdout without tearing a bar that is being drawn."""
+    if not _is_first():
+        return
+    if sys.stderr.isatty():
+        tqdm.write(line)
+    else:
+        print(line, flush=True)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

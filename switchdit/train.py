@@ -37,7 +37,8 @@ def main() -> None:
 def train(config: Config, deepspeed_config_path: str, resume: str | None) -> None:
     import torch
 
-    from switchdit.data.latent_dataset import LatentDataset, check_latents
+    from switchdit.data.compatibility import check_latents
+    from switchdit.data.latent_dataset import LatentDataset
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
     from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas

@@ -43,5 +43,7 @@ def launch(num_processes: int, script: str | Path, *arguments: object, timeout: 
 def launched(num_processes: int, script: str | Path, *arguments: object, timeout: float = 240, **variables: str):
     """As `launch`, and the program must succeed."""
     done = launch(num_processes, script, *arguments, timeout=timeout, **variables)
-    assert done.returncode == 0, f"{done.args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, (
+        f"{done.args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     return done

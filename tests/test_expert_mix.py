@@ -19,9 +19,7 @@ def inputs(n, tokens, width, experts, top_k, dtype, seed=0):
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.integers(0, 5), st.integers(1, 7), st.integers(1, 9), st.integers(1, 5), st.data(), st.integers(0, 2**31 - 1)
-)
+@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 9), st.integers(1, 5), st.data(), st.integers(0, 2**31 - 1))
 def test_merging_is_exact(n, tokens, width, experts, data, seed):
     top_k = data.draw(st.integers(1, experts))
     args = inputs(n, tokens, width, experts, top_k, torch.float64, seed)

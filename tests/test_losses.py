@@ -37,25 +37,22 @@ def case(schedule: str, dtype: torch.dtype = torch.float32):
 
 
 @schedules
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        (torch.float32, 1e-6),  # equal to the last bit on the machine that made the numbers
-        (torch.float64, 1e-5),  # the error of the published float32 numbers: 6e-6 in the divergence, whose terms cancel
-    ],
-)
-def test_published_losses(schedule, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_published_losses(schedule, dtype):
+    """float32 was equal to the last bit on the machine (x86) that made the numbers, gradients included.
+
+    Elsewhere, and in float64, what is left is the rounding of the published float32 numbers: 6e-6 of the bound, whose
+    terms cancel, 1.3e-7 of the squared error, 9e-7 of a sample's gradient.
+    """
     diffusion, output, x0, x_t, t, noise = case(schedule, dtype)
     published = f"{schedule}/constant"
     torch.testing.assert_close(x_t, golden(f"{published}/x_t", dtype), rtol=0, atol=3e-7)
-    if dtype == torch.float64:
-        # at t = 999 the bound holds 1 / abar times the noise error: compare for the x_t that the numbers are of
-        x_t = golden(f"{published}/x_t", dtype)
-    losses = noise_losses(diffusion, output, x0, x_t, t, noise)
-    torch.testing.assert_close(losses["mse"], golden(f"{published}/mse", dtype), rtol=tolerance, atol=0)
-    torch.testing.assert_close(losses["vlb"], golden(f"{published}/vb", dtype), rtol=tolerance, atol=0)
+    # at t = 999 the bound holds sqrt(1 / abar), up to 2e4, times the error of x_t: take the x_t that they had
+    losses = noise_losses(diffusion, output, x0, golden(f"{published}/x_t", dtype), t, noise)
+    torch.testing.assert_close(losses["mse"], golden(f"{published}/mse", dtype), rtol=5e-7, atol=0)
+    torch.testing.assert_close(losses["vlb"], golden(f"{published}/vb", dtype), rtol=1e-5, atol=0)
     total = losses["mse"] + losses["vlb"]
-    torch.testing.assert_close(total, golden(f"{published}/loss", dtype), rtol=tolerance, atol=0)
+    torch.testing.assert_close(total, golden(f"{published}/loss", dtype), rtol=1e-6, atol=0)
     total.mean().backward()
     error = (output.grad - golden(f"{schedule}/grad_model_output", dtype)).flatten(1).norm(dim=1)
     assert (error / output.grad.flatten(1).norm(dim=1)).max() < 2e-6
@@ -83,11 +80,13 @@ def test_without_learned_sigma():
     assert torch.equal(losses["vlb"], torch.zeros(8))
 
 
-def test_bfloat16_output_is_computed_in_float32():
-    diffusion, output, x0, x_t, t, noise = case("cosine")
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_bfloat16_output_is_computed_in_float32(inputs):
+    diffusion, output, *tensors = case("cosine")
+    x0, x_t, t, noise = (x if x.dtype == torch.int64 else x.to(inputs) for x in tensors)
     narrow = output.detach().bfloat16().requires_grad_()
     losses = noise_losses(diffusion, narrow, x0, x_t, t, noise)
-    expected = noise_losses(diffusion, narrow.float(), x0, x_t, t, noise)
+    expected = noise_losses(diffusion, narrow.float(), x0.float(), x_t.float(), t, noise.float())
     for name in ("mse", "vlb"):
         assert losses[name].dtype == torch.float32
         assert torch.equal(losses[name], expected[name])

@@ -42,9 +42,7 @@ def noise_losses(
     return {"mse": mse, "vlb": bound * (diffusion.num_timesteps / 1000)}
 
 
-def variational_bound(
-    diffusion: GaussianDiffusion, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
-) -> Tensor:
+def variational_bound(diffusion: GaussianDiffusion, model_output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """L_{t-1} of the variational bound (Ho et al. Eq. 5) in bits per dimension: (N,).
 
     For t > 0 the divergence of the network's reverse step from the true posterior; for t = 0 the negative log

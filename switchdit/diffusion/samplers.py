@@ -210,9 +210,7 @@ def image_seed(seed: int, index: int) -> int:
     return seed << 32 | (index ^ (seed << 16) & 0xFFFFFFFF)
 
 
-def _descending(
-    diffusion: GaussianDiffusion, x_T: Tensor, progress: Progress | None
-) -> Iterator[tuple[int, Tensor]]:
+def _descending(diffusion: GaussianDiffusion, x_T: Tensor, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
     """(index, t) from the noisiest step to the first; t (N,) int64 holds index, filled on the device of x_T."""
     indices: Iterable[int] = range(diffusion.num_timesteps - 1, -1, -1)
     for index in progress(indices) if progress else indices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ def init_processes() -> Processes:
     NCCL on CUDA, gloo on the CPU. DeepSpeed's own messages are kept to warnings.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls in DeepSpeed
     for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -81,6 +83,7 @@ def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspee
     except deepspeed.runtime.config.DeepSpeedConfigError as problem:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
     engine.checkpoint_engine = TensorsOnlyCheckpointEngine()
+    engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py cannot read expert checkpoints
     return engine
 
 

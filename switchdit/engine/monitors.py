@@ -15,10 +15,10 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from switchdit.engine.engine import Processes
 from switchdit.files import atomic_write
+from switchdit.progress import say
 
 TERMS = ("total", "mse", "vlb", "prior")
 NUM_BINS = 10
@@ -75,7 +75,7 @@ class Monitor:
             self.log_file.flush()
             losses = "  ".join(f"{name} {scalars['loss/' + name]:.4f}" for name in TERMS)
             norm = "" if grad_norm is None else f"  grad {grad_norm:.3f}"
-            tqdm.write(f"step {step}/{num_steps}  loss: {losses}{norm}  lr {lr:.2e}  {rate:.0f} images/s")
+            say(f"step {step}/{num_steps}  loss: {losses}{norm}  lr {lr:.2e}  {rate:.0f} images/s")
         self._restart(step)
         return scalars
 

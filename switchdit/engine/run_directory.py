@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,11 @@ class Run:
         return self.path / "checkpoints"
 
 
-def open_run(
-    config: Config, deepspeed_config: dict[str, Any], processes: Processes, resume: str | None, arguments: list[str]
-) -> Run:
+def open_run(config: Config, deepspeed_config: dict[str, Any], processes: Processes, resume: str | None) -> Run:
     """Choose where to continue and write down what is run; collective.
 
     Args:
         resume: None, ``"auto"`` (the newest whole checkpoint of the run, or a fresh start), or a checkpoint's path.
-        arguments: the program's command line.
 
     Raises:
         UserError: if the folder already holds checkpoints and ``resume`` is None, or a named checkpoint is not whole.
@@ -63,7 +61,7 @@ def open_run(
         with atomic_write(path / "config.yaml", "w") as file:
             yaml.safe_dump(config_to_dict(config), file, sort_keys=False)
         write_json(path / "deepspeed_config.json", deepspeed_config)
-        write_json(path / "version.json", {**versions(), "arguments": arguments, "processes": processes.world_size})
+        write_json(path / "version.json", {**versions(), "command": sys.argv, "processes": processes.world_size})
     barrier()
     return Run(path, resume_from)
 

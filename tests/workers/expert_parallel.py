@@ -18,7 +18,15 @@ from switchdit.engine.engine import build_engine, grad_norm, init_processes, lea
 from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict
 from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
 
-FIELDS = dict(input_size=8, depth=3, hidden_size=32, num_heads=2, num_classes=3, num_experts=4, top_k=2)
+FIELDS = {
+    "input_size": 8,
+    "depth": 3,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_classes": 3,
+    "num_experts": 4,
+    "top_k": 2,
+}
 GLOBAL_BATCH, STEPS = 16, 4
 
 #        name            stage  optimizer  clip  accumulation  gates

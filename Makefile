@@ -1,0 +1,69 @@
+# make demo   train, sample and score a small Switch-DiT on real digits, on this machine
+# make test   everything that can be checked without a GPU
+#
+# At full size: extract-latents, train, sample, eval-fid, tensorboard. `make <door>` alone prints that door's help.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+NPROC ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint extract-latents train sample eval-fid tensorboard
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
+	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: lint setup"
+
+setup:
+	@tools/setup_environment.sh
+
+demo: setup
+	@$(BIN)/python tools/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest -q
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# DATA=folder of images  OUT=folder  VAE=folder or hub name  [IMAGE_SIZE=256] [NPROC=8] [ARGS="..."]
+extract-latents: setup
+ifneq ($(and $(DATA),$(OUT),$(VAE)),)
+	@NPROC=$(NPROC) launchers/single_node.sh tools/extract_latents.py --data "$(DATA)" --out "$(OUT)" --vae "$(VAE)" \
+	    $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(ARGS)
+else
+	@$(BIN)/python tools/extract_latents.py --help; echo "usage: make extract-latents DATA=dir OUT=dir VAE=path-or-name"; exit 2
+endif
+
+# CONFIG=switchdit/configs/X.yaml  DS_CONFIG=ds_configs/Y.json  [NPROC=8] [RESUME=auto] [ARGS="train.lr=1e-4 ..."]
+train: setup
+ifneq ($(and $(CONFIG),$(DS_CONFIG)),)
+	@NPROC=$(NPROC) launchers/single_node.sh switchdit/train.py --config "$(CONFIG)" --deepspeed_config "$(DS_CONFIG)" \
+	    $(if $(RESUME),--resume $(RESUME)) $(ARGS)
+else
+	@$(BIN)/python switchdit/train.py --help; echo "usage: make train CONFIG=file.yaml DS_CONFIG=file.json [NPROC=8] [RESUME=auto]"; exit 2
+endif
+
+# CKPT=run or checkpoint folder  OUT=samples.npz  [NUM=50000] [NPROC=8] [ARGS="sample.cfg_scale=1.5 ..."]
+sample: setup
+ifneq ($(and $(CKPT),$(OUT)),)
+	@NPROC=$(NPROC) launchers/single_node.sh switchdit/sample.py --checkpoint "$(CKPT)" --out "$(OUT)" \
+	    $(if $(NUM),--num-samples $(NUM)) $(ARGS)
+else
+	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2
+endif
+
+# REF=ref.npz  SAMPLES=samples.npz  [INCEPTION=file] [OUT=metrics.json] [ARGS="..."]
+eval-fid: setup
+ifneq ($(and $(REF),$(SAMPLES)),)
+	@$(BIN)/python tools/eval_fid.py --ref "$(REF)" --samples "$(SAMPLES)" $(if $(INCEPTION),--inception "$(INCEPTION)") \
+	    $(if $(OUT),--out "$(OUT)") $(ARGS)
+else
+	@$(BIN)/python tools/eval_fid.py --help; echo "usage: make eval-fid REF=ref.npz SAMPLES=samples.npz [INCEPTION=file] [OUT=metrics.json]"; exit 2
+endif
+
+# [LOGDIR=runs] [PORT=6006]; shown to this machine only
+tensorboard: setup
+	@$(BIN)/tensorboard --logdir "$(or $(LOGDIR),runs)" --host localhost --port "$(or $(PORT),6006)"

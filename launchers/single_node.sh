@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Start a program (switchdit/train.py, switchdit/sample.py, tools/extract_latents.py) on all devices of this machine.
+#
+#   launchers/single_node.sh switchdit/train.py --config switchdit/configs/X.yaml --deepspeed_config ds_configs/Y.json
+#
+#   NPROC            processes: one for each GPU; on a machine without one, CPU processes that talk over gloo
+#                    (default: the number of GPUs, or 1)
+#   DS_ACCELERATOR   cuda or cpu (default: cuda where nvidia-smi lists a GPU, else cpu)
+#   MASTER_PORT      port on which the processes meet (default: DeepSpeed's 29500); give each run on a machine its own
+#   OMP_NUM_THREADS  threads of each process (default: cores / processes on CPU, 4 beside a GPU)
+#   LOG              file that also gets everything that is printed (default: none)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 2; }
+[ -d .venv/bin ] && PATH=$PWD/.venv/bin:$PATH
+command -v deepspeed >/dev/null || { echo "error: no 'deepspeed' on the PATH; 'make setup' installs it into .venv" >&2; exit 2; }
+
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+if [ -z "${DS_ACCELERATOR:-}" ]; then
+    [ "$gpus" -gt 0 ] && DS_ACCELERATOR=cuda || DS_ACCELERATOR=cpu
+fi
+[ "$DS_ACCELERATOR" = cuda ] && default=$gpus || default=1
+NPROC=${NPROC:-$default}
+case $NPROC in '' | *[!0-9]* | 0) echo "error: NPROC is '$NPROC'; it must be a whole number of at least 1" >&2; exit 2 ;; esac
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    OMP_NUM_THREADS=4
+    [ "$DS_ACCELERATOR" = cuda ] || OMP_NUM_THREADS=$(( $(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1 ))
+fi
+export DS_ACCELERATOR OMP_NUM_THREADS
+# the launcher takes a hidden device list for a hostfile and then finds no slot
+[ "$DS_ACCELERATOR" = cpu ] && unset CUDA_VISIBLE_DEVICES
+
+command=(deepspeed --num_accelerators "$NPROC" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
+echo "+ ${command[*]}"
+if [ -n "${LOG:-}" ]; then
+    "${command[@]}" 2>&1 | tee -a "$LOG"
+else
+    exec "${command[@]}"
+fi

@@ -1,0 +1,175 @@
+"""Configs: what a run may say, and what is said back when it is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchdit.config import Config, config_from_dict, config_to_dict, load_config
+from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
+from switchdit.errors import UserError
+from switchdit.models import model_fields
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "switchdit/configs").glob("*.yaml"))
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+DIGITS = ROOT / "switchdit/configs/digits.yaml"
+
+
+def minimal(**train) -> dict:
+    return {
+        "run_dir": "r",
+        "model": {"name": "Switch-DiT-S/2"},
+        "data": {"latents": "l", "image_size": 256, "vae": "v"},
+        "train": {"steps": 1, **train},
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
+    config = load_config(path)
+    model_fields(config.model_name, **config.model_overrides)
+    head = path.read_text().split("run_dir:")[0]
+    assert f"--config switchdit/configs/{path.name}" in head
+    assert "Expected" in head or "expected" in head or "reproduced" in head
+    for ds_config in DS_CONFIGS:
+        for world_size in (2, 8):
+            resolved = resolve_deepspeed_config(ds_config, config, world_size, on_gpu=True)
+            assert "auto" not in json.dumps(resolved)
+            assert resolved["train_batch_size"] == config.train.global_batch
+
+
+def test_a_config_survives_being_written_and_read(tmp_path):
+    config = load_config(DIGITS, ["train.lr=3e-4", "sample.guided_channels=3", "model.depth=2"])
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert (config.train.lr, config.sample.guided_channels, config.model["depth"]) == (3e-4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.step=3"], "config key 'train.step' is unknown; did you mean 'train.steps'?"),
+        (["trian.steps=3"], "config key 'trian' is unknown; did you mean 'train'?"),
+        (["lambda_dp=3"], "did you mean 'loss.lambda_dp'?"),
+        (["data.schedule=linear"], "did you mean 'diffusion.schedule'?"),
+        (["train.steps=many"], "config key 'train.steps' must be of type int, not 'many'"),
+        (["train.steps=1.5"], "must be of type int, not 1.5"),
+        (["train.steps=true"], "must be of type int, not True"),
+        (["train.steps=0"], "train.steps is 0; it must be at least 1"),
+        (["train.lr=fast"], "must be of type float, not 'fast'"),
+        (["train.betas=[0.9]"], "train.betas is [0.9]; it must be two numbers"),
+        (["diffusion.schedule=cosin"], "diffusion.schedule is 'cosin'; it must be cosine or linear"),
+        (["sample.sampler=euler"], "must be ddpm or ddim"),
+        (["train.ema_decay=1"], "train.ema_decay is 1.0; it must be from 0 to below 1"),
+        (["train"], "override 'train' must have the form section.key=value"),
+        (["run_dir.x=1"], "'run_dir' is a value, not a section"),
+        (["train=3"], "config section 'train' must hold keys, not 3"),
+        (["train.lr=[1"], "is not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(overrides, says):
+    with pytest.raises(UserError) as info:
+        load_config(DIGITS, overrides)
+    assert says in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match=r"'nowhere.yaml' does not exist"):
+        load_config("nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="must hold sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "broken.yaml")
+    with pytest.raises(UserError, match=r"'train.steps' is missing"):
+        config_from_dict({**minimal(), "train": {}})
+
+
+def test_learning_rate_without_a_dot_is_a_number(tmp_path):
+    assert config_from_dict(minimal(lr="1e-4")).train.lr == 1e-4
+
+
+@given(
+    micro_batch=st.integers(1, 64), accumulation=st.integers(1, 8), world_size=st.integers(1, 64), off=st.integers(0, 5)
+)
+def test_batch_arithmetic(micro_batch, accumulation, world_size, off):
+    total = micro_batch * accumulation * world_size + off
+    config = config_from_dict(minimal(global_batch=total, gradient_accumulation_steps=accumulation))
+    if total % (accumulation * world_size):
+        with pytest.raises(UserError, match=f"global_batch \\({total}\\) must be divisible"):
+            micro_batch_of(config, world_size)
+    else:
+        assert micro_batch_of(config, world_size) * accumulation * world_size == total
+
+
+def test_a_given_micro_batch_must_fit():
+    config = config_from_dict(minimal(global_batch=32, micro_batch=8))
+    assert micro_batch_of(config, 4) == 8
+    with pytest.raises(UserError, match=r"micro_batch \(8\) x .* leave micro_batch null to get 16"):
+        micro_batch_of(config, 2)
+
+
+def resolve(tmp_path, change, config: Config | None = None, world_size: int = 2):
+    values = json.loads((ROOT / "ds_configs/zero2_fp32.json").read_text())
+    change(values)
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    return resolve_deepspeed_config(tmp_path / "ds.json", config or config_from_dict(minimal()), world_size, False)
+
+
+def test_auto_takes_the_runs_values(tmp_path):
+    config = config_from_dict(
+        minimal(lr=3e-4, weight_decay=0.1, max_grad_norm=2.0, global_batch=64, gradient_accumulation_steps=4)
+    )
+    resolved = resolve(tmp_path, lambda v: None, config)
+    assert resolved["optimizer"]["params"] == {
+        "lr": 3e-4,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "torch_adam": True,
+    }
+    assert resolved["train_micro_batch_size_per_gpu"] == 8
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["gradient_clipping"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.update(train_batch_size=7), "'train_batch_size' is 7, but the run's config implies 256"),
+        (lambda v: v["optimizer"]["params"].update(lr=1.0), "'optimizer.params.lr' is 1.0"),
+        (lambda v: v.update(amp={"enabled": "auto"}), "nothing in the run's config fills \"auto\" of 'amp.enabled'"),
+        (lambda v: v["zero_optimization"].update(stage=3), "stage is 3; with DeepSpeed's MoE it must be 0, 1 or 2"),
+        (lambda v: v["zero_optimization"].update(contiguous_gradients=False), "needs contiguous_gradients"),
+        (lambda v: v.update(bf16={"enabled": True}, zero_optimization={"stage": 0}), "bf16 needs"),
+        (lambda v: v.update(fp16={"enabled": True}), "fp16 is not supported"),
+        (lambda v: v.update(use_data_before_expert_parallelism=True), "must be off"),
+        (lambda v: v.update(scheduler={"type": "WarmupLR"}), "must have no 'scheduler'"),
+        (lambda v: v.pop("optimizer"), "needs an 'optimizer' section"),
+    ],
+)
+def test_deepspeed_configs_that_cannot_work(tmp_path, change, says):
+    with pytest.raises(UserError) as info:
+        resolve(tmp_path, change)
+    assert says in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_world_size_must_be_divisible_by_ep_size(tmp_path):
+    config = config_from_dict({**minimal(global_batch=12), "model": {"name": "Switch-DiT-S/2", "ep_size": 2}})
+    with pytest.raises(UserError, match=r"number of processes \(3\) must be divisible by ep_size \(2\)"):
+        resolve(tmp_path, lambda v: None, config, world_size=3)
+
+
+def test_broken_deepspeed_json(tmp_path):
+    (tmp_path / "ds.json").write_text('{"a": 1,}')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        resolve_deepspeed_config(tmp_path / "ds.json", config_from_dict(minimal()), 1, False)
+    with pytest.raises(UserError, match="does not exist"):
+        resolve_deepspeed_config(tmp_path / "absent.json", config_from_dict(minimal()), 1, False)

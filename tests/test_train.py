@@ -1,0 +1,237 @@
+"""The training program as users start it: it learns, it resumes to the last bit, it refuses what cannot work."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from launching import ROOT, environment, launch_command, launched
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import read_log, write_config, write_latents
+
+TRAIN = "switchdit/train.py"
+FP32 = "ds_configs/zero2_fp32.json"
+
+pytestmark = pytest.mark.world_size(2)
+
+
+def train(num_processes: int, config: Path, *arguments, ds_config: str = FP32, **kwargs):
+    return launched(num_processes, TRAIN, "--config", config, "--deepspeed_config", ds_config, *arguments, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    return write_latents(tmp_path_factory.mktemp("data") / "latents")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, latents) -> Path:
+    """A run of 12 steps, checkpoints after 5, 10 and 12; an epoch is 3.125 steps."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(folder / "c.yaml", latents, folder / "run")
+    done = train(2, config)
+    assert "2 processes on cpu, ep_size 2" in done.stdout
+    return folder / "run"
+
+
+def same_tensors(a, b, where="") -> None:
+    """Two nested structures are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same_tensors(x, y, f"{where}/{i}")
+    elif isinstance(a, int | float | str | bool | None):
+        assert a == b, where
+
+
+def same_checkpoint(a: Path, b: Path) -> None:
+    from switchdit.engine.checkpoint import SAFE_CLASSES
+
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    same_tensors(load_file(a / "ema.safetensors"), load_file(b / "ema.safetensors"), "ema")
+    with torch.serialization.safe_globals(SAFE_CLASSES):
+        for path in sorted(a.glob("*.pt")):
+            same_tensors(torch.load(path), torch.load(b / path.name), path.name)
+
+
+def test_run_directory_and_tensorboard(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
+    assert names == {
+        "config.yaml",
+        "deepspeed_config.json",
+        "version.json",
+        "log.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
+    checkpoints = {p.name for p in (uninterrupted / "checkpoints").iterdir()}
+    assert checkpoints == {"latest", "step_0000005", "step_0000010", "step_0000012"}
+    assert (uninterrupted / "checkpoints/latest").read_text().strip() == "step_0000012"
+    version = json.loads((uninterrupted / "version.json").read_text())
+    assert version["torch"] == torch.__version__
+    assert set(version) >= {"switchdit", "git_revision", "deepspeed", "python", "command"}
+    assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["train"]["steps"] == 12
+
+    events = EventAccumulator(str(uninterrupted / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {f"loss/{name}" for name in ("total", "mse", "vlb", "prior")} <= scalars
+    assert {"train/lr", "train/grad_norm", "train/images_per_second"} <= scalars
+    assert any(name.startswith("loss_by_timestep/") for name in scalars)
+    assert [e.step for e in events.Scalars("loss/total")] == list(range(1, 13))
+    assert events.Tags()["images"] == ["routing/task_expert_map"]
+    log = read_log(uninterrupted)
+    for event in events.Scalars("loss/mse"):
+        assert event.value == pytest.approx(log[event.step]["loss/mse"], rel=1e-6)
+
+
+def test_killed_in_the_middle_and_resumed_is_the_uninterrupted_run(tmp_path, latents, uninterrupted):
+    config = write_config(tmp_path / "c.yaml", latents, tmp_path / "run")
+    command = launch_command(2, TRAIN, "--config", config, "--deepspeed_config", FP32, "--resume", "auto")
+    log = tmp_path / "run/log.jsonl"
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (log.exists() and '"step": 7' in log.read_text()):
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-f", str(config)], check=False)  # workers have sessions of their own
+    time.sleep(0.5)
+    interrupted = read_log(tmp_path / "run")
+    assert 7 in interrupted and 12 not in interrupted
+    checkpoints = tmp_path / "run/checkpoints"
+    newest = sorted(p.name for p in checkpoints.glob("step_*"))[-1]
+    assert newest in ("step_0000005", "step_0000010")
+    (checkpoints / ".partial_step_0000011").mkdir()
+    (checkpoints / ".partial_step_0000011/state.json").write_text("{")  # a save that was cut off
+
+    done = train(2, config, "--resume", "auto")
+    assert f"steps {int(newest[5:])} to 12" in done.stdout
+    assert read_log(tmp_path / "run") == read_log(uninterrupted)
+    same_checkpoint(checkpoints / "step_0000012", uninterrupted / "checkpoints/step_0000012")
+    assert not list(checkpoints.glob(".partial*"))
+
+
+def test_the_number_of_processes_and_accumulation_change_nothing_but_rounding(tmp_path, latents, uninterrupted):
+    expected = read_log(uninterrupted)
+    for name, processes, overrides in (
+        ("one", 1, ["model.ep_size=1"]),
+        ("accumulated", 2, ["train.gradient_accumulation_steps=4"]),
+    ):
+        config = write_config(tmp_path / f"{name}.yaml", latents, tmp_path / name)
+        train(processes, config, *overrides, "train.steps=4")
+        log = read_log(tmp_path / name)
+        for step in range(1, 5):
+            for term in ("loss/total", "loss/mse", "loss/vlb", "loss/prior", "train/grad_norm"):
+                assert log[step][term] == pytest.approx(expected[step][term], rel=1e-4), (name, step, term)
+
+
+def test_it_learns_in_bfloat16_as_in_float32(tmp_path, latents):
+    final = {}
+    for precision in ("fp32", "bf16"):
+        config = write_config(
+            tmp_path / f"{precision}.yaml",
+            latents,
+            tmp_path / precision,
+            train={"steps": 200, "global_batch": 32, "lr": 3.0e-3},
+            monitor={"log_every": 40, "checkpoint_every": 0, "routing_every": 0},
+        )
+        train(2, config, ds_config=f"ds_configs/zero2_{precision}.json")
+        log = read_log(tmp_path / precision)
+        assert log[200]["loss/mse"] < 0.6 * log[40]["loss/mse"], log
+        assert log[200]["loss/prior"] < log[40]["loss/prior"]
+        final[precision] = log[200]["loss/mse"]
+    assert final["bf16"] == pytest.approx(final["fp32"], rel=0.1)
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train.step=3"], "config key 'train.step' is unknown; did you mean 'train.steps'?"),
+        (["model.num_expert=4"], "model field 'num_expert' is unknown for Switch-DiT-S/2; did you mean 'num_experts'?"),
+        (["model.num_experts=3"], "num_experts (3) must be divisible by ep_size (2)"),
+        ([], "number of processes (1) must be divisible by ep_size (2)"),
+        (["model.ep_size=1", "train.gradient_accumulation_steps=3"], "train.global_batch (16) must be divisible by"),
+        (["model.ep_size=1", "model.num_classes=4"], "have 3 classes, but model.num_classes is 4"),
+        (["model.ep_size=1", "data.image_size=64"], "were made at 32 pixels, but data.image_size is 64"),
+        (["model.ep_size=1", "model.input_size=16"], "have shape (4, 8, 8), but the model expects (4, 16, 16)"),
+        (["model.ep_size=1", "data.vae=other/vae"], "were made by autoencoder 'test/autoencoder', but data.vae is"),
+        (["model.ep_size=1", "data.latents=nowhere"], "nowhere"),
+        (["model.ep_size=1", "--resume", "nowhere"], "'nowhere' holds no complete checkpoint"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, latents, arguments, says):
+    config = write_config(tmp_path / "c.yaml", latents, tmp_path / "run")
+    line = fails(config, *arguments)
+    assert says in line
+    assert not (tmp_path / "run").exists()
+
+
+def fails(config: Path, *arguments) -> str:
+    """The one line that a single process prints before exit code 2."""
+    import sys
+
+    command = [sys.executable, TRAIN, "--config", config, "--deepspeed_config", FP32, *arguments]
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=ROOT,
+        env=environment(MASTER_PORT=launch_command(1, "x")[4]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    config = write_config(tmp_path / "c.yaml", latents, run)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "checkpoints" in p.parts}
+    one = ["model.ep_size=1"]
+    assert "already holds checkpoints up to step_0000012; continue with --resume auto" in fails(config, *one)
+    assert "of another topology: it has {'world_size': 2, 'ep_size': 2}" in fails(config, *one, "--resume", "auto")
+    assert "of another model: it has {'depth': 2}, this run {'depth': 3}" in fails(
+        config, *one, "--resume", "auto", "model.depth=3"
+    )
+    assert "of another run: it has {'seed': 0}, this run {'seed': 1}" in fails(
+        config, *one, "--resume", "auto", "train.seed=1"
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_ema_is_the_average_of_the_weights(uninterrupted):
+    """Of a run whose average starts at the first weights, it lies between the weights of the run."""
+    early, late = (load_file(uninterrupted / f"checkpoints/step_{step:07d}/ema.safetensors") for step in (5, 12))
+    assert early.keys() == late.keys()
+    experts = [name for name in late if "deepspeed_experts.3" in name]
+    assert len(experts) == 4  # weight and bias in two blocks, under global ids
+    assert all(late[name].abs().max() > 0 for name in experts)
+    assert all(np.isfinite(value.numpy()).all() and value.dtype == torch.float32 for value in late.values())
