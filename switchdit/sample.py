@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vae", help="decoder, if it is not where the run's config says")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sample.num_steps=50")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand between options
 
 
 @exit_on_user_error

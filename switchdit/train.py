@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", help="'auto': from the run's newest checkpoint if it has one; or a checkpoint")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the YAML's")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand between options
 
 
 @exit_on_user_error
@@ -55,8 +55,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
 
     # Validate: everything that can be wrong is found before anything is written.
     processes = init_processes()
-    deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
     fields = model_fields(config.model_name, **config.model_overrides)
+    deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
     dataset = LatentDataset(config.data.latents)
     check_latents(dataset, config.data, fields)
     run = open_run(config, deepspeed_config, processes, resume)
@@ -69,7 +69,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     engine = build_engine(model, deepspeed_config)
     ema = Ema(engine, config.train.ema_decay)
     about = {
-        "model": {"name": config.model_name, **fields},
+        "model": {"name": config.model_name, **{k: v for k, v in fields.items() if k != "ep_size"}},
         "diffusion": {"schedule": config.diffusion.schedule},
         "vae_sha256": dataset.vae_sha256,
         "run": {"seed": config.train.seed, "global_batch": config.train.global_batch, "num_images": len(dataset)},

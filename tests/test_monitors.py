@@ -32,8 +32,8 @@ def test_grid_has_a_row_for_each_class():
     labels = balanced_labels(23, 4)
     images = np.broadcast_to((60 * labels)[:, None, None, None], (23, 5, 5, 3)).astype(np.uint8)
     picture = class_rows(images, labels, max_rows=3, columns=9)
-    assert picture.shape == (3 * 7 + 2, 5 * 7 + 2, 3)  # the smallest class has five images
+    assert picture.shape == (3 * 7 + 2, 6 * 7 + 2, 3)  # these classes have six images each
     for row in range(3):
-        for column in range(5):
+        for column in range(6):
             assert (picture[2 + 7 * row : 7 + 7 * row, 2 + 7 * column : 7 + 7 * column] == 60 * row).all()
     assert image_grid(images[:1], columns=1).shape == (9, 9, 3)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launching import ROOT, environment, launch_command, launched
+from launching import ROOT, WORKERS, environment, free_port, launch_command, launched
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import read_log, write_config, write_latents
@@ -165,49 +166,49 @@ def test_it_learns_in_bfloat16_as_in_float32(tmp_path, latents):
     assert final["bf16"] == pytest.approx(final["fp32"], rel=0.1)
 
 
-@pytest.mark.world_size(1)
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["train.step=3"], "config key 'train.step' is unknown; did you mean 'train.steps'?"),
-        (["model.num_expert=4"], "model field 'num_expert' is unknown for Switch-DiT-S/2; did you mean 'num_experts'?"),
-        (["model.num_experts=3"], "num_experts (3) must be divisible by ep_size (2)"),
-        ([], "number of processes (1) must be divisible by ep_size (2)"),
-        (["model.ep_size=1", "train.gradient_accumulation_steps=3"], "train.global_batch (16) must be divisible by"),
-        (["model.ep_size=1", "model.num_classes=4"], "have 3 classes, but model.num_classes is 4"),
-        (["model.ep_size=1", "data.image_size=64"], "were made at 32 pixels, but data.image_size is 64"),
-        (["model.ep_size=1", "model.input_size=16"], "have shape (4, 8, 8), but the model expects (4, 16, 16)"),
-        (["model.ep_size=1", "data.vae=other/vae"], "were made by autoencoder 'test/autoencoder', but data.vae is"),
-        (["model.ep_size=1", "data.latents=nowhere"], "nowhere"),
-        (["model.ep_size=1", "--resume", "nowhere"], "'nowhere' holds no complete checkpoint"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, latents, arguments, says):
-    config = write_config(tmp_path / "c.yaml", latents, tmp_path / "run")
-    line = fails(config, *arguments)
-    assert says in line
-    assert not (tmp_path / "run").exists()
-
-
-def fails(config: Path, *arguments) -> str:
-    """The one line that a single process prints before exit code 2."""
-    import sys
-
-    command = [sys.executable, TRAIN, "--config", config, "--deepspeed_config", FP32, *arguments]
+def fails(config: Path, *command_lines: list[str]) -> list[str]:
+    """The one line that a single process prints before exit code 2, for each list of arguments."""
+    base = ["--config", str(config), "--deepspeed_config", FP32]
+    lines = [json.dumps([[*base, *arguments] for arguments in command_lines])]
     done = subprocess.run(
-        [str(c) for c in command],
+        [sys.executable, WORKERS / "mistakes.py", *lines],
         cwd=ROOT,
-        env=environment(MASTER_PORT=launch_command(1, "x")[4]),
+        env=environment(MASTER_PORT=str(free_port())),
         capture_output=True,
         text=True,
         timeout=120,
-        check=False,
+        check=True,
     )
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
+    ends = json.loads(done.stdout.rpartition("RESULTS")[2])
+    for end in ends:
+        assert end["code"] == 2, end["stderr"]
+        assert end["stderr"].startswith("error: ")
+        assert end["stderr"].count("\n") == 1, end["stderr"]
+    return [end["stderr"].rstrip() for end in ends]
+
+
+MISTAKES = [
+    (["train.step=3"], "config key 'train.step' is unknown; did you mean 'train.steps'?"),
+    (["model.num_expert=4"], "model field 'num_expert' is unknown for Switch-DiT-S/2; did you mean 'num_experts'?"),
+    (["model.num_experts=3"], "num_experts (3) must be divisible by ep_size (2)"),
+    (["model.top_k=5"], "top_k (5) must lie between 1 and num_experts (4)"),
+    ([], "number of processes (1) must be divisible by ep_size (2)"),
+    (["model.ep_size=1", "train.gradient_accumulation_steps=3"], "train.global_batch (16) must be divisible by"),
+    (["model.ep_size=1", "model.num_classes=4"], "have 3 classes, but model.num_classes is 4"),
+    (["model.ep_size=1", "data.image_size=64"], "were made at 32 pixels, but data.image_size is 64"),
+    (["model.ep_size=1", "model.input_size=16"], "have shape (4, 8, 8), but the model expects (4, 16, 16)"),
+    (["model.ep_size=1", "data.vae=other/vae"], "were made by autoencoder 'test/autoencoder', but data.vae is"),
+    (["model.ep_size=1", "data.latents=nowhere"], "nowhere"),
+    (["model.ep_size=1", "--resume", "nowhere"], "'nowhere' holds no complete checkpoint"),
+]
+
+
+def test_mistakes_end_in_one_line_and_leave_nothing(tmp_path, latents):
+    config = write_config(tmp_path / "c.yaml", latents, tmp_path / "run")
+    lines = fails(config, *(arguments for arguments, _ in MISTAKES))
+    for line, (arguments, says) in zip(lines, MISTAKES, strict=True):
+        assert says in line, arguments
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
@@ -215,15 +216,14 @@ def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
     shutil.copytree(uninterrupted, run)
     config = write_config(tmp_path / "c.yaml", latents, run)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "checkpoints" in p.parts}
-    one = ["model.ep_size=1"]
-    assert "already holds checkpoints up to step_0000012; continue with --resume auto" in fails(config, *one)
-    assert "of another topology: it has {'world_size': 2, 'ep_size': 2}" in fails(config, *one, "--resume", "auto")
-    assert "of another model: it has {'depth': 2}, this run {'depth': 3}" in fails(
-        config, *one, "--resume", "auto", "model.depth=3"
+    one, resume = "model.ep_size=1", ["--resume", "auto"]
+    again, topology, model, seed = fails(
+        config, [one], [one, *resume], [one, *resume, "model.depth=3"], [one, *resume, "train.seed=1"]
     )
-    assert "of another run: it has {'seed': 0}, this run {'seed': 1}" in fails(
-        config, *one, "--resume", "auto", "train.seed=1"
-    )
+    assert "already holds checkpoints up to step_0000012; continue with --resume auto" in again
+    assert "of another topology: it has {'world_size': 2, 'ep_size': 2}" in topology
+    assert "of another model: it has {'depth': 2}, this run {'depth': 3}" in model
+    assert "of another run: it has {'seed': 0}, this run {'seed': 1}" in seed
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 

@@ -29,10 +29,7 @@ def build_averaged_model(model: dict[str, Any], weights: dict[str, Tensor], devi
         model: ``name`` and fields.
         weights: experts under global ids, as `Ema.state_dict` returns them.
     """
-    fields = {k: v for k, v in model.items() if k != "name"}
-    if "ep_size" in fields:
-        fields["ep_size"] = 1
-    built = build_model(model["name"], **fields)
+    built = build_model(**model)
     load_global_state_dict(built, weights, "the averaged weights")
     return built.to(device).eval().requires_grad_(False)
 

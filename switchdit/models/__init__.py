@@ -9,6 +9,7 @@ from torch import nn
 from switchdit.errors import UserError, nearest
 from switchdit.models.dit import DiT
 from switchdit.models.switch_dit import SwitchDiT
+from switchdit.moe.layer import check_mixture
 
 SYSTEMS: dict[str, type[DiT]] = {"DiT": DiT, "Switch-DiT": SwitchDiT}
 
@@ -115,5 +116,7 @@ def _check(f: dict[str, Any]) -> None:
         raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by num_heads ({f['num_heads']})")
     if f["hidden_size"] % 4:
         raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by 4, for 2-D sine and cosine positions")
+    if "num_experts" in f:
+        check_mixture(f["num_experts"], f["top_k"], f["ep_size"])
     if not 0 <= f["class_dropout_prob"] <= 1:
         raise UserError(f"class_dropout_prob ({f['class_dropout_prob']}) must lie between 0 and 1")

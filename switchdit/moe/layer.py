@@ -108,6 +108,14 @@ class SampleMOELayer(MOELayer):
         return torch.zeros_like(z).index_add(0, sample, back)
 
 
+def check_mixture(num_experts: int, top_k: int, ep_size: int) -> None:
+    """Raise `UserError` unless the numbers fit each other."""
+    if not 1 <= top_k <= num_experts:
+        raise UserError(f"top_k ({top_k}) must lie between 1 and num_experts ({num_experts})")
+    if ep_size < 1 or num_experts % ep_size:
+        raise UserError(f"num_experts ({num_experts}) must be divisible by ep_size ({ep_size})")
+
+
 class TimestepMoE(MoE):
     """Mixture of linear experts chosen by the timestep (Switch-DiT, Sec. 4.1).
 
@@ -122,10 +130,7 @@ class TimestepMoE(MoE):
     """
 
     def __init__(self, hidden_size: int, num_experts: int = 3, top_k: int = 2, ep_size: int = 1):
-        if not 1 <= top_k <= num_experts:
-            raise UserError(f"top_k ({top_k}) must lie between 1 and num_experts ({num_experts})")
-        if ep_size < 1 or num_experts % ep_size:
-            raise UserError(f"num_experts ({num_experts}) must be divisible by ep_size ({ep_size})")
+        check_mixture(num_experts, top_k, ep_size)
         if ep_size > 1 and not dist.is_initialized():
             raise UserError(f"ep_size ({ep_size}) needs {ep_size} processes or a multiple; this is a single one")
         if ep_size > 1 and dist.get_world_size() % ep_size:
