@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from switchdit.data.autoencoder import load_autoencoder
+from switchdit.data.image_folder import list_images, load_image
 from switchdit.data.latent_dataset import LatentDataset
 from switchdit.errors import UserError
 from tools import extract_latents as tool
@@ -85,7 +86,7 @@ def start(argv, **environment):
 
 
 def test_every_image_is_stored_once_with_its_class_and_its_mirror_image(photos, vae, extracted):
-    data, autoencoder, files = LatentDataset(extracted), load_autoencoder(vae), tool.list_images(photos)
+    data, autoencoder, files = LatentDataset(extracted), load_autoencoder(vae), list_images(photos)
     data.verify()
     assert data.class_names == list(CLASSES)
     assert np.bincount(data.labels).tolist() == list(CLASSES.values())
@@ -95,7 +96,7 @@ def test_every_image_is_stored_once_with_its_class_and_its_mirror_image(photos, 
         mean, std = data.moments(np.arange(len(data)), np.full(len(data), mirrored))
         for index, name in enumerate(files.names):
             assert name.startswith(data.class_names[data.labels[index]])
-            image = tool.load_image(photos / name, 16)
+            image = load_image(photos / name, 16)
             image = np.array(image[:, ::-1] if mirrored else image)
             expected = autoencoder.encode(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
             np.testing.assert_allclose(mean[index], expected[0][0].numpy(), rtol=2e-3, atol=1e-5)
@@ -215,89 +216,6 @@ def test_full_disk_ends_in_one_line_and_leaves_nothing(photos, vae, tmp_path, mo
         tool.main(arguments(photos, tmp_path / "out", vae))
     assert "no space left" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-# -------------------------------------------------------------------------------------------------- the images
-
-
-def reference(pixels, size):
-    """Halving and cropping written out by index; the bicubic step is Pillow's, on which the definition rests."""
-    while min(pixels.shape[:2]) >= 2 * size:
-        height, width = pixels.shape[:2]
-        image = Image.fromarray(pixels)
-        # a box filter over the exact, for odd sizes fractional, source interval of each target pixel
-        pixels = np.asarray(image.resize((width // 2, height // 2), Image.Resampling.BOX))
-        if height % 2 == 0 and width % 2 == 0:
-            blocks = np.asarray(image).reshape(height // 2, 2, width // 2, 2, 3).astype(float).mean((1, 3))
-            assert np.abs(pixels - blocks).max() <= 1
-    height, width = pixels.shape[:2]
-    new = (size, round(width * size / height)) if height < width else (round(height * size / width), size)
-    pixels = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC))
-    return pixels[(new[0] - size) // 2 :, (new[1] - size) // 2 :][:size, :size]
-
-
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 31), (33, 32), (64, 129), (131, 65), (7, 9), (300, 40)])
-def test_size_as_in_adm(height, width):
-    pixels = noise(height, width)
-    ours = tool.square(Image.fromarray(pixels), 16)
-    assert ours.shape == (16, 16, 3)
-    assert np.array_equal(ours, reference(pixels, 16))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
-def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
-    quarter = [[255, 0], [0, 0]]  # upright: white top left
-    upright = np.kron(np.array(quarter, np.uint8), np.ones((16, 16), np.uint8))
-    turned = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.T,
-        6: np.rot90(upright),
-        7: upright[::-1, ::-1].T,
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / f"x{suffix}", exif=exif)
-    loaded = tool.load_image(tmp_path / f"x{suffix}", 16)[:, :, 0]
-    assert loaded[:7, :7].min() > 240
-    assert max(loaded[9:].max(), loaded[:, 9:].max()) < 15
-
-
-def test_modes_become_rgb(tmp_path):
-    rgb = np.full((20, 20, 3), (200, 100, 50), np.uint8)
-    image = Image.fromarray(rgb)
-    rgba = image.copy()
-    rgba.putalpha(7)
-    palette = image.quantize(4)
-    clear = image.quantize(4)
-    clear.info["transparency"] = bytes([0, 255, 255, 255])
-    files = {"cmyk.jpg": image.convert("CMYK"), "rgba.png": rgba, "palette.png": palette, "clear.png": clear}
-    for name, picture in files.items():
-        picture.save(tmp_path / name, **({"quality": 95} if name.endswith("jpg") else {}))
-        assert np.abs(tool.load_image(tmp_path / name, 16).astype(int) - rgb[:16, :16]).max() <= 4, name
-    for name, picture, grey in [
-        ("l.png", Image.fromarray(np.full((20, 20), 77, np.uint8)), 77),
-        ("bit.png", Image.new("1", (20, 20), 1), 255),
-        ("16.png", Image.fromarray(np.full((20, 20), 77 * 257 + 100, np.uint16)), 77),
-        ("16.tif", Image.fromarray(np.full((20, 20), 65535, np.uint16)), 255),
-        ("la.png", Image.merge("LA", [Image.new("L", (20, 20), 9), Image.new("L", (20, 20), 0)]), 9),
-    ]:
-        picture.save(tmp_path / name)
-        assert np.array_equal(tool.load_image(tmp_path / name, 16), np.full((16, 16, 3), grey)), name
-
-
-@pytest.mark.parametrize(
-    ("picture", "reason"),
-    [(Image.new("F", (20, 20)), "floating-point"), (Image.new("RGB", (1, 60000)), "too long and thin")],
-)
-def test_pictures_that_have_no_sensible_meaning(tmp_path, picture, reason):
-    picture.save(tmp_path / "x.tif")
-    with pytest.raises(tool.UnreadableImage, match=reason):
-        tool.load_image(tmp_path / "x.tif", 64)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from switchdit.data.image_folder import load_image
 from tools import pack_images
-from tools.extract_latents import load_image
 
 
 @pytest.fixture

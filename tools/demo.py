@@ -45,7 +45,7 @@ def main() -> None:
     run, data = args.run_dir, args.data_dir
     clear(run)
     images, autoencoder, latents = data / "images", data / "autoencoder", data / "latents"
-    classifier, reference = data / "digit_features.pt2", data / "reference.npz"
+    classifier, reference = data / "digit_features.safetensors", data / "reference.npz"
     size = ["--image-size", 32]
 
     stage("1/6  images: the 1,797 handwritten digits inside scikit-learn, as an image folder")

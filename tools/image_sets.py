@@ -261,8 +261,8 @@ def _decode(path: Path, option: str) -> np.ndarray:
     """(H, W, 3) uint8."""
     from PIL import Image
 
-    from tools.extract_latents import DAMAGED as DAMAGED_IMAGE
-    from tools.extract_latents import to_rgb
+    from switchdit.data.image_folder import DAMAGED as DAMAGED_IMAGE
+    from switchdit.data.image_folder import to_rgb
 
     try:
         with Image.open(path) as image:

@@ -57,7 +57,7 @@ def pack_images(data: Path, out: Path, image_size: int, workers: int = 2) -> tup
     """
     import numpy as np
 
-    from tools.extract_latents import UnreadableImage, in_order, list_images, load_image
+    from switchdit.data.image_folder import UnreadableImage, in_order, list_images, load_image
 
     folder = list_images(data)
     shape = (len(folder.names), image_size, image_size, 3)

@@ -26,10 +26,10 @@ if __package__ in (None, ""):
 import numpy as np
 
 from switchdit.data.autoencoder import WEIGHTS
+from switchdit.data.image_folder import UnreadableImage, list_images, load_image
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import sha256_of, sync_directory, write_json
 from switchdit.progress import progress
-from tools.extract_latents import UnreadableImage, list_images, load_image
 
 if TYPE_CHECKING:
     import torch

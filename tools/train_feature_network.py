@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from tools.extract_latents import ImageFolder
+    from switchdit.data.image_folder import ImageFolder
     from tools.feature_network import Architecture, Classifier
 
 # N = images, S = pixels of a side, K = classes
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train, print the accuracy on the held-out images, and write the file."""
-    from tools.extract_latents import list_images
+    from switchdit.data.image_folder import list_images
 
     folder = list_images(args.data)
     if len(folder.class_names) < 2:
@@ -127,7 +127,7 @@ def read_images(folder: ImageFolder, image_size: int) -> tuple[np.ndarray, np.nd
     """(N, S, S, 3) uint8 and (N,) int64. Raises `UserError`, naming the file, for an image that cannot be read."""
     import numpy as np
 
-    from tools.extract_latents import UnreadableImage, load_image
+    from switchdit.data.image_folder import UnreadableImage, load_image
 
     images = np.empty((len(folder.names), image_size, image_size, 3), np.uint8)
     for i, name in enumerate(progress(folder.names, desc="reading images", unit="image")):
