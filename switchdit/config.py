@@ -54,7 +54,10 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    """global_batch = micro_batch x gradient_accumulation_steps x number of processes; micro_batch follows if null."""
+    """global_batch = micro_batch x gradient_accumulation_steps x number of processes; micro_batch follows if null.
+
+    The learning rate rises to lr over the first warmup_steps and falls to 0 over the last decay_steps, both linearly.
+    """
 
     steps: int
     global_batch: int = 256
@@ -66,6 +69,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int = 0
     max_grad_norm: float = 0.0  # 0: no clipping
     ema_decay: float = 0.9999
 
@@ -73,13 +77,19 @@ class TrainConfig:
         for name in ("steps", "global_batch", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "at least 1")
-        for name in ("seed", "weight_decay", "warmup_steps", "max_grad_norm"):
+        for name in ("seed", "weight_decay", "warmup_steps", "decay_steps", "max_grad_norm"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
         for name in ("lr", "eps"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _require(two, "train.betas", self.betas, "two numbers from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "from 0 to below 1")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the step after ``step`` done ones."""
+        rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        fall = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
+        return self.lr * min(1.0, rise, fall)
 
 
 @dataclass

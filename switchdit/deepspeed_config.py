@@ -97,7 +97,7 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int,
     ep_size = config.model.get("ep_size", 1)
     problems = [
         ("optimizer" not in values, "needs an 'optimizer' section, e.g. of type AdamW"),
-        ("scheduler" in values, "must have no 'scheduler': the learning rate follows train.lr and train.warmup_steps"),
+        ("scheduler" in values, "must have no 'scheduler': train.{lr,warmup_steps,decay_steps} set the learning rate"),
         (stage not in (0, 1, 2), f"zero_optimization.stage is {stage}; with DeepSpeed's MoE it must be 0, 1 or 2"),
         (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),
         (stage == 2 and not zero.get("reduce_scatter", True), "ZeRO-2 with MoE needs reduce_scatter"),

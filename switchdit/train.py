@@ -108,7 +108,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         range(first_step, config.train.steps), desc="train", total=config.train.steps, initial=first_step, unit="step"
     )
     for step in bar:
-        lr = config.train.lr * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
+        lr = config.train.lr_at(step)
         set_learning_rate(engine, lr)
         if with_experts:
             task_expert_map = model.task_expert_map()

@@ -173,3 +173,12 @@ def test_broken_deepspeed_json(tmp_path):
         resolve_deepspeed_config(tmp_path / "ds.json", config_from_dict(minimal()), 1, False)
     with pytest.raises(UserError, match="does not exist"):
         resolve_deepspeed_config(tmp_path / "absent.json", config_from_dict(minimal()), 1, False)
+
+
+def test_learning_rate():
+    train = config_from_dict(minimal(lr=2.0, warmup_steps=4, decay_steps=5) | {"model": {"name": "x"}}).train
+    train.steps = 20
+    assert [train.lr_at(step) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert [train.lr_at(step) for step in range(14, 20)] == pytest.approx([2.0, 2.0, 1.6, 1.2, 0.8, 0.4])
+    constant = config_from_dict(minimal(lr=2.0)).train
+    assert constant.lr_at(0) == constant.lr_at(10**6) == 2.0

@@ -61,7 +61,7 @@ def main() -> None:
     stage("4/6  training: Switch-DiT, 4 experts, 3 active, spread over 2 processes by DeepSpeed")
     overrides = [f"run_dir={run}", f"data.latents={latents}", f"data.vae={autoencoder}"]
     if args.steps:
-        overrides += [f"train.steps={args.steps}"]
+        overrides += [f"train.steps={args.steps}", f"train.decay_steps={args.steps // 2}"]
     defaults = data == Path("data/digits") and run == Path("runs/demo")
     training = ["switchdit/train.py", "--config", CONFIG, "--deepspeed_config", DEEPSPEED_CONFIG]
     launch(2, *training, *(overrides[3:] if defaults else overrides))
