@@ -9,11 +9,11 @@ NPROC ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint extract-latents train sample eval-fid tensorboard
+.PHONY: help setup demo test test-slow lint extract-latents train sample eval-fid tensorboard
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
-	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: lint setup"
+	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: lint setup test-slow"
 
 setup:
 	@tools/setup_environment.sh
@@ -22,7 +22,11 @@ demo: setup
 	@$(BIN)/python tools/demo.py
 
 test: setup
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+# what takes minutes: the whole metric protocol on a full-size network
+test-slow: setup
+	@$(BIN)/python -m pytest -q -m slow
 
 lint: setup
 	@$(BIN)/ruff check .
