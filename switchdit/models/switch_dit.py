@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchdit.models.dit import DiT, DiTBlock
-from switchdit.moe.layer import TimestepMoE
+from switchdit.moe.layer import Route, TimestepMoE, plan_routes
 
 
 @dataclass
@@ -40,11 +40,11 @@ class SwitchDiTBlock(DiTBlock):
         super().__init__(hidden_size, num_heads, mlp_ratio)
         self.moe = TimestepMoE(hidden_size, num_experts, top_k, ep_size)
 
-    def forward(self, z: Tensor, c: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L, D), (N, D), (N, D) -> (N, L, D), gate probabilities (N, M)."""
-        mixture, probs = self.moe(z, e_t)
+    def forward(self, z: Tensor, c: Tensor, e_t: Tensor, route: Route | None = None) -> Tensor:
+        """(N, L, D), (N, D), (N, D) -> (N, L, D)."""
+        mixture, _ = self.moe(z, e_t, route)
         routed = z + z * mixture  # z * m with m = 1 + mixture
-        return super().forward(routed, c) + (z - routed), probs
+        return super().forward(routed, c) + (z - routed)
 
 
 class SwitchDiT(DiT):
@@ -70,9 +70,8 @@ class SwitchDiT(DiT):
     ) -> Tensor | tuple[Tensor, Routing]:
         """As `DiT.forward`; with ``return_routing`` also the `Routing` of the batch."""
         z, c, e_t = self.embed(x, t, y, drop_label)
-        probs = []
-        for block in self.blocks:
-            z, block_probs = block(z, c, e_t)  # (N, L, D), (N, M)
-            probs.append(block_probs)
+        routes = plan_routes([block.moe for block in self.blocks], e_t)
+        for block, route in zip(self.blocks, routes, strict=True):
+            z = block(z, c, e_t, route)  # (N, L, D)
         out = self.unpatchify(self.final_layer(z, c))
-        return (out, Routing(torch.cat(probs, dim=1), self)) if return_routing else out
+        return (out, Routing(torch.cat([r.probs for r in routes], dim=1), self)) if return_routing else out

@@ -1,7 +1,7 @@
 """TimestepMoE: DeepSpeed's MoE with its gate, dispatch and experts replaced by timestep-routed ones.
 
     N = samples of this rank, L = tokens, D = width, M = experts, k = top-k,
-    R = expert-parallel ranks (ep_size), J = M / R experts that live on one rank
+    R = expert-parallel ranks (ep_size), J = M / R experts that live on one rank, B = blocks of the model
 
 The classes are subclasses of DeepSpeed's, so that its engine finds them: it marks expert parameters, builds the
 expert-parallel groups, reduces expert gradients over the expert-data-parallel group and writes expert checkpoints
@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -81,31 +82,38 @@ class SampleExperts(Experts):
         return linear_mixture(z, weight, bias, gates)
 
 
+@dataclass
+class Route:
+    """Where the samples of one layer go.
+
+    Attributes:
+        probs: (N, M) gate probabilities of this rank's samples.
+        gates: (n, J) gates of the samples that this rank's experts will see; with ep_size 1 all of its own, (N, M).
+        sample: (K,) the samples to send, in the order of the ranks they go to; None with ep_size 1.
+        send, receive: how many go to and come from each rank.
+    """
+
+    probs: Tensor
+    gates: Tensor
+    sample: Tensor | None = None
+    send: list[int] | None = None
+    receive: list[int] | None = None
+
+
 class SampleMOELayer(MOELayer):
     """Sends each sample once to every rank that holds an expert it chose, and adds what comes back."""
 
-    def forward(self, z: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L, D), (N, D) -> mixture (N, L, D), probs (N, M)."""
-        probs, gates = self.gate(e_t)
-        if self.ep_size == 1:
-            return self.experts(z, gates), probs
-        return self._dispatch(z, gates), probs
+    def forward(self, z: Tensor, route: Route) -> Tensor:  # (N, L, D) -> mixture (N, L, D)
+        if route.sample is None:
+            return self.experts(z, route.gates)
+        return self._dispatch(z, route)
 
     @torch.compiler.disable  # splits depend on data
-    def _dispatch(self, z: Tensor, gates: Tensor) -> Tensor:
-        gates = gates.unflatten(1, (self.ep_size, self.num_local_experts))  # (N, R, J)
-        # pairs (rank, sample) in order of rank: what this rank sends
-        to_rank, sample = (gates.detach() != 0).any(-1).T.nonzero(as_tuple=True)
-        send = torch.bincount(to_rank, minlength=self.ep_size)
-        receive = torch.empty_like(send)
-        dist.all_to_all_single(receive, send, group=self.ep_group)
-        send, receive = send.tolist(), receive.tolist()
-
-        there = _AllToAllRows.apply(z[sample], self.ep_group, send, receive)
-        their_gates = _AllToAllRows.apply(gates[sample, to_rank], self.ep_group, send, receive)
-        mixed = self.experts(there, their_gates)
-        back = _AllToAllRows.apply(mixed, self.ep_group, receive, send)
-        return torch.zeros_like(z).index_add(0, sample, back)
+    def _dispatch(self, z: Tensor, route: Route) -> Tensor:
+        there = _AllToAllRows.apply(z[route.sample], self.ep_group, route.send, route.receive)
+        mixed = self.experts(there, route.gates)
+        back = _AllToAllRows.apply(mixed, self.ep_group, route.receive, route.send)
+        return torch.zeros_like(z).index_add(0, route.sample, back)
 
 
 def check_mixture(num_experts: int, top_k: int, ep_size: int) -> None:
@@ -171,9 +179,61 @@ class TimestepMoE(MoE):
         if self.ep_size > 1 and rank != self.ep_rank:
             raise RuntimeError(f"built as expert-parallel rank {self.ep_rank}, but DeepSpeed's group says {rank}")
 
-    def forward(self, z: Tensor, e_t: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, L, D) tokens, (N, D) timestep embeddings -> mixture (N, L, D), gate probabilities (N, M) float32."""
-        return self.deepspeed_moe(z, e_t)
+    def forward(self, z: Tensor, e_t: Tensor, route: Route | None = None) -> tuple[Tensor, Tensor]:
+        """Mixture of the experts that the timestep chooses.
+
+        Args:
+            z: (N, L, D) tokens; e_t: (N, D) timestep embeddings.
+            route: this layer's part of `plan_routes`, where that was called for all layers of a model at once.
+
+        Returns:
+            mixture (N, L, D) and gate probabilities (N, M) float32.
+        """
+        if route is None:
+            [route] = plan_routes([self], e_t)
+        return self.deepspeed_moe(z, route), route.probs
+
+
+def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor) -> list[Route]:
+    """Gate all layers, and tell the ranks what they will get from each other: (N, D) -> a `Route` per layer.
+
+    Routes depend on timesteps alone, so two exchanges at the start of a forward pass serve all layers: how many samples
+    go where, and their gates. This is also the only place where the host waits for the device.
+    """
+    gated = [layer.gate(e_t) for layer in layers]
+    if layers[0].ep_size == 1:
+        return [Route(probs, gates) for probs, gates in gated]
+    return _exchange(gated, layers[0].deepspeed_moe)
+
+
+@torch.compiler.disable
+def _exchange(gated: list[tuple[Tensor, Tensor]], layer: SampleMOELayer) -> list[Route]:
+    num_layers, num_ranks = len(gated), layer.ep_size
+    gates = torch.stack([g for _, g in gated]).unflatten(2, (num_ranks, layer.num_local_experts))  # (B, N, R, J)
+    chosen = (gates.detach() != 0).any(-1).transpose(1, 2)  # (B, R, N)
+    block, rank, sample = chosen.nonzero(as_tuple=True)  # by block, then rank, then sample
+    counts = chosen.sum(-1).T.contiguous()  # (R, B) to send
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=layer.ep_group)
+    send, receive = counts.tolist(), arriving.tolist()
+
+    # gates travel by rank, then block; they are cut and joined by block, then rank
+    blocks, ranks = range(num_layers), range(num_ranks)
+    outgoing = gates[block, sample, rank].split([send[r][b] for b in blocks for r in ranks])
+    outgoing = torch.cat([outgoing[b * num_ranks + r] for r in ranks for b in blocks])
+    incoming = _AllToAllRows.apply(outgoing, layer.ep_group, [sum(c) for c in send], [sum(c) for c in receive])
+    incoming = incoming.split([receive[r][b] for r in ranks for b in blocks])
+    samples = sample.split([sum(send[r][b] for r in ranks) for b in blocks])
+    return [
+        Route(
+            probs=gated[b][0],
+            gates=torch.cat([incoming[r * num_layers + b] for r in ranks]),
+            sample=samples[b],
+            send=[send[r][b] for r in ranks],
+            receive=[receive[r][b] for r in ranks],
+        )
+        for b in blocks
+    ]
 
 
 @contextlib.contextmanager
