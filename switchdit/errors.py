@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo reports
 
 
 class UserError(ValueError):
@@ -26,22 +27,32 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorator for a program's ``main``: `UserError` and a full disk become ``error: ...`` and exit code 2.
 
-    All processes of a launcher meet the same mistake; only rank 0 prints it.
+    All processes of a launcher meet the same `UserError`: only rank 0 prints it. A full disk is told by the rank that
+    met it; the others, which lose the connection to it, say so in a line and end with code 1.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        rank = int(os.environ.get("RANK", "0"))
         try:
             return main(*args, **kwargs)
         except UserError as mistake:
-            message = str(mistake)
+            end(str(mistake) if rank == 0 else None)
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = problem.filename or "the output"
-            message = f"no space left on the disk that holds {where}; nothing half-written was kept"
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+            end(f"no space left on the disk that holds {where}; nothing half-written was kept")
+        except RuntimeError as problem:
+            if not any(sign in str(problem) for sign in LOST_PEER):
+                raise
+            end(f"rank {rank} stops because another process has ended", code=1)
 
     return wrapped
+
+
+def end(message: str | None, code: int = EXIT_USER_ERROR) -> None:
+    """Leave the program with ``error: <message>`` on stderr, or without a word."""
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

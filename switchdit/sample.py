@@ -53,7 +53,7 @@ def sample(args: argparse.Namespace) -> None:
     from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
     from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
     from switchdit.engine.engine import barrier, init_processes, leave
-    from switchdit.engine.generate import balanced_labels, build_averaged_model, class_rows, generate
+    from switchdit.engine.generate import balanced_labels, build_averaged_model, check_sampling, class_rows, generate
     from switchdit.files import atomic_write
     from switchdit.progress import progress
 
@@ -69,6 +69,7 @@ def sample(args: argparse.Namespace) -> None:
             f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"
         )
     model = build_averaged_model(state["model"], read_ema(checkpoint), processes.device)
+    check_sampling(config.sample, model.in_channels, model.num_timesteps, model.null_label is not None)
     diffusion = GaussianDiffusion(make_betas(state["diffusion"]["schedule"], model.num_timesteps))
     labels = balanced_labels(args.num_samples, model.num_classes)
 
@@ -83,9 +84,7 @@ def sample(args: argparse.Namespace) -> None:
             f"sampling {args.num_samples} images of {size}x{size} from {checkpoint}: {config.sample.sampler}, "
             f"{config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, seed {args.seed}"
         )
-        np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape).flush()
-        with open(unfinished, "rb+") as file:  # a full disk is met here, not as a bus error when pages are written
-            os.posix_fallocate(file.fileno(), 0, unfinished.stat().st_size)
+        allocate(unfinished, shape)
     barrier()
     images = np.lib.format.open_memmap(unfinished, mode="r+")
     mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
@@ -117,6 +116,19 @@ def sample(args: argparse.Namespace) -> None:
         unfinished.unlink()
         print(f"wrote {out} ({args.num_samples} images, arr_0 uint8, arr_1 labels) and {grid}")
     leave()
+
+
+def allocate(path: Path, shape: tuple[int, ...]) -> None:
+    """A .npy file of zeros with all its blocks: a full disk is met here, not as a bus error when pages are written."""
+    import numpy as np
+
+    try:
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as problem:
+        path.unlink(missing_ok=True)
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
 
 
 if __name__ == "__main__":

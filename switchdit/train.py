@@ -37,6 +37,7 @@ def main() -> None:
 def train(config: Config, deepspeed_config_path: str, resume: str | None) -> None:
     import torch
 
+    from switchdit.data.autoencoder import load_autoencoder
     from switchdit.data.compatibility import check_latents
     from switchdit.data.latent_dataset import LatentDataset
     from switchdit.data.training_batches import TrainingBatches
@@ -46,7 +47,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.engine.checkpoint import load_checkpoint, save_checkpoint
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import build_engine, grad_norm, init_processes, leave, on_gpu, set_learning_rate
-    from switchdit.engine.generate import sample_grid
+    from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
     from switchdit.engine.run_directory import open_run
     from switchdit.models import build_model, model_fields, parameter_counts
@@ -59,6 +60,10 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
     dataset = LatentDataset(config.data.latents)
     check_latents(dataset, config.data, fields)
+    if config.monitor.sample_every:
+        check_sampling(config.sample, fields["in_channels"], fields["num_timesteps"], fields["class_dropout_prob"] > 0)
+        if processes.is_first:
+            load_autoencoder(config.data.vae)  # not needed yet: a missing one is told now
     run = open_run(config, deepspeed_config, processes, resume)
 
     # Build.

@@ -34,6 +34,19 @@ def build_averaged_model(model: dict[str, Any], weights: dict[str, Tensor], devi
     return built.to(device).eval().requires_grad_(False)
 
 
+def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, has_null_label: bool) -> None:
+    """Raise `UserError` if guidance is asked of a model without a null label, or more channels or steps than it has."""
+    if options.cfg_scale != 1.0 and not has_null_label:
+        raise UserError(
+            f"sample.cfg_scale is {options.cfg_scale}, but the model has no null label (label dropout is 0); "
+            "it must be 1.0"
+        )
+    if (options.guided_channels or 1) > in_channels:
+        raise UserError(f"sample.guided_channels is {options.guided_channels}, but latents have {in_channels} channels")
+    if options.num_steps > num_timesteps:
+        raise UserError(f"sample.num_steps is {options.num_steps}, but the model has {num_timesteps} timesteps")
+
+
 @torch.no_grad()
 def generate(
     model: DiT,
@@ -54,15 +67,7 @@ def generate(
 
     Returns:
         (N, H, W, 3) uint8.
-
-    Raises:
-        UserError: if guidance is asked of a model that was trained without a null label, or of more channels or steps
-            than there are.
     """
-    if options.cfg_scale != 1.0 and model.null_label is None:
-        raise UserError(
-            f"sample.cfg_scale is {options.cfg_scale}, but the model was trained without label dropout; it must be 1.0"
-        )
     device = model.pos_embed.device
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = PerImageNoise(seed, indices, shape, device)

@@ -1,0 +1,51 @@
+"""What a user sees of a mistake, of a full disk and of a lost process."""
+
+import errno
+
+import pytest
+
+from switchdit.errors import UserError, exit_on_user_error, nearest
+
+
+def ends(problem: BaseException, rank: int, monkeypatch, capsys) -> tuple[int, str]:
+    monkeypatch.setenv("RANK", str(rank))
+
+    @exit_on_user_error
+    def main():
+        raise problem
+
+    with pytest.raises(SystemExit) as info:
+        main()
+    return info.value.code, capsys.readouterr().err
+
+
+def test_a_mistake_is_told_once(monkeypatch, capsys):
+    assert ends(UserError("x is 3"), 0, monkeypatch, capsys) == (2, "error: x is 3\n")
+    assert ends(UserError("x is 3"), 1, monkeypatch, capsys) == (2, "")
+
+
+def test_a_full_disk_is_told_by_whoever_meets_it(monkeypatch, capsys):
+    code, text = ends(OSError(errno.ENOSPC, "No space left on device", "/d/file"), 1, monkeypatch, capsys)
+    assert code == 2
+    assert text == "error: no space left on the disk that holds /d/file; nothing half-written was kept\n"
+
+
+def test_a_lost_process_is_no_traceback(monkeypatch, capsys):
+    lost = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:15014")
+    assert ends(lost, 3, monkeypatch, capsys) == (1, "error: rank 3 stops because another process has ended\n")
+
+
+@pytest.mark.parametrize("problem", [ValueError("ours"), RuntimeError("ours"), OSError(errno.EACCES, "no")])
+def test_our_own_mistakes_keep_their_traceback(problem):
+    @exit_on_user_error
+    def main():
+        raise problem
+
+    with pytest.raises(type(problem)) as info:
+        main()
+    assert info.value is problem
+
+
+def test_hints():
+    assert nearest("num_expert", ["num_experts", "top_k"]) == "; did you mean 'num_experts'?"
+    assert nearest("zzz", ["b", "a"]) == "; valid are: a, b"
