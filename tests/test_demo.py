@@ -13,13 +13,13 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from tiny_run import read_log
 
-STEPS = 240
+STEPS = 400
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    size = ["--steps", STEPS, "--autoencoder-steps", 120, "--num-samples", 500]
+    size = ["--steps", STEPS, "--autoencoder-steps", 200, "--num-samples", 200]
     command = [sys.executable, "tools/demo.py", "--run-dir", folder / "run", "--data-dir", folder / "data", *size]
     done = subprocess.run(
         [str(c) for c in command],
@@ -56,9 +56,9 @@ def test_what_it_says_and_leaves(demo):
         assert (run / name).exists(), name
         assert name.startswith("log") or str(run / name.split("/")[0]) in printed
     with np.load(run / "samples.npz") as file:
-        assert file["arr_0"].shape == (500, 32, 32, 3)
+        assert file["arr_0"].shape == (200, 32, 32, 3)
         assert file["arr_0"].dtype == np.uint8
-        assert np.bincount(file["arr_1"]).tolist() == [50] * 10
+        assert np.bincount(file["arr_1"]).tolist() == [20] * 10
     assert Image.open(run / "samples.png").size == (12 * 34 + 2, 10 * 34 + 2)
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"frechet_distance", "precision", "recall", "label_accuracy"} <= metrics.keys()
@@ -70,6 +70,7 @@ def test_what_it_says_and_leaves(demo):
 def test_loss_falls_and_digits_begin_to_be_recognised(demo):
     run, _ = demo
     log = read_log(run)
-    assert log[STEPS]["loss/mse"] < 0.4 * log[min(log)]["loss/mse"]
+    # means over the last and the first 100 steps
+    assert log[STEPS]["loss/mse"] < 0.5 * log[min(log)]["loss/mse"]
     assert log[STEPS]["loss/prior"] < 0.2 * log[min(log)]["loss/prior"]
-    assert recognised(run / "samples.npz") > 0.25  # the full demo: 0.85; chance: 0.1
+    assert recognised(run / "samples.npz") > 0.2  # chance: 0.1; the full demo: 0.85 and more
