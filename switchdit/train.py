@@ -79,8 +79,10 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         "vae_sha256": dataset.vae_sha256,
         "run": {"seed": config.train.seed, "global_batch": config.train.global_batch, "num_images": len(dataset)},
     }
-    first_step = load_checkpoint(run.resume_from, engine, ema, about) if run.resume_from else 0
+    first_step, sums = load_checkpoint(run.resume_from, engine, ema, about) if run.resume_from else (0, None)
     monitor = Monitor(run.path, processes, model.num_timesteps, config.train.global_batch, first_step)
+    if sums:
+        monitor.restore(sums)
     batches = TrainingBatches(
         dataset,
         seed=config.train.seed,
@@ -146,7 +148,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         if due(config.monitor.routing_every, done, last) and with_experts:
             monitor.log_routing(done, task_expert_map, prior, assignment)
         if due(config.monitor.checkpoint_every, done, last):
-            save_checkpoint(run.checkpoints, engine, ema, done, about)
+            save_checkpoint(run.checkpoints, engine, ema, done, about, monitor.state())
         if due(config.monitor.sample_every, done, last):
             averaged = ema.state_dict()
             if processes.is_first:

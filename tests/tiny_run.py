@@ -56,7 +56,7 @@ def write_config(path: Path, latents: Path, run_dir: Path, **sections: dict) -> 
         },
         "data": {"latents": str(latents), "image_size": 32, "vae": VAE["name"]},
         "train": {"steps": 12, "global_batch": 16, "lr": 1.0e-3, "ema_decay": 0.9, "max_grad_norm": 1.0},
-        "monitor": {"log_every": 1, "checkpoint_every": 5, "sample_every": 0, "routing_every": 6},
+        "monitor": {"log_every": 3, "checkpoint_every": 5, "sample_every": 0, "routing_every": 6},
     }
     for name, values in sections.items():
         config.setdefault(name, {}).update(values)

@@ -234,7 +234,7 @@ def own_mistakes_told(rank: int) -> Iterator[None]:
     """Only rank 0 prints mistakes that all processes meet; here each one meets its own."""
     try:
         yield
-    except (UserError, OSError) as problem:
+    except UserError as problem:
         if rank:
             print(f"error: {problem}", file=sys.stderr, flush=True)
         raise

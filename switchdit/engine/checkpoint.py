@@ -76,12 +76,18 @@ def remove_partial_checkpoints(root: str | os.PathLike) -> None:
 
 
 def save_checkpoint(
-    root: str | os.PathLike, engine: DeepSpeedEngine, ema: Ema, step: int, about: dict[str, Any]
+    root: str | os.PathLike,
+    engine: DeepSpeedEngine,
+    ema: Ema,
+    step: int,
+    about: dict[str, Any],
+    monitor: list[list[float]],
 ) -> Path:
     """Write the state after ``step`` optimizer steps; collective.
 
     Args:
-        about: what `read_state` later returns besides step and topology, e.g. model name and fields.
+        about: what the run is, e.g. model name and fields; it must be the same on resume.
+        monitor: `Monitor.state`.
 
     Returns:
         The checkpoint's folder.
@@ -98,7 +104,7 @@ def save_checkpoint(
             with atomic_write(partial / "ema.safetensors") as file:
                 file.write(save(averaged))
             state = {"format_version": FORMAT_VERSION, "step": step, "topology": _topology(engine), **about}
-            write_json(partial / "state.json", state)
+            write_json(partial / "state.json", {**state, "monitor": monitor})
         dist.barrier()
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,8 +119,10 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[str, Any]) -> int:
-    """Continue from ``path``; collective. Returns the number of steps done.
+def load_checkpoint(
+    path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[str, Any]
+) -> tuple[int, list[list[float]]]:
+    """Continue from ``path``; collective. Returns the number of steps done and `Monitor.state`.
 
     Raises:
         UserError: if the checkpoint is of another model, or of another topology (number of processes, ep_size, ZeRO
@@ -130,7 +138,7 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[s
         )
     engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
     ema.load_state_dict(load_file(path / "ema.safetensors"))
-    return state["step"]
+    return state["step"], state["monitor"]
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:

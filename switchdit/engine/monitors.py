@@ -52,6 +52,16 @@ class Monitor:
         by_bin[0].index_add_(0, bins, mse.detach().double())
         by_bin[1].index_add_(0, bins, torch.ones_like(mse, dtype=torch.float64))
 
+    def state(self) -> list[list[float]]:
+        """The sums since the last log of every process, for a checkpoint; collective."""
+        everyone = [torch.empty_like(self.sums) for _ in range(self.processes.world_size)]
+        dist.all_gather(everyone, self.sums)
+        return torch.stack(everyone).tolist()
+
+    def restore(self, state: list[list[float]]) -> None:
+        """Go on with the sums of `state`, so that a resumed run logs what the uninterrupted one does."""
+        self.sums.copy_(torch.tensor(state[self.processes.rank], dtype=torch.float64))
+
     def log(self, step: int, num_steps: int, lr: float, grad_norm: float | None) -> dict[str, float]:
         """Means since the last call over all processes, written at ``step``; collective."""
         dist.all_reduce(self.sums)
