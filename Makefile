@@ -1,11 +1,10 @@
 # make demo   train, sample and score a small Switch-DiT on real digits, on this machine
-# make test   everything that can be checked without a GPU
+# make test   all that is checked without a GPU in minutes
 #
 # At full size: extract-latents, train, sample, eval-fid, tensorboard. `make <door>` alone prints that door's help.
 
 SHELL := /bin/bash
 BIN := .venv/bin
-NPROC ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -35,7 +34,7 @@ lint: setup
 # DATA=folder of images  OUT=folder  VAE=folder or hub name  [IMAGE_SIZE=256] [NPROC=8] [ARGS="..."]
 extract-latents: setup
 ifneq ($(and $(DATA),$(OUT),$(VAE)),)
-	@NPROC=$(NPROC) launchers/single_node.sh tools/extract_latents.py --data "$(DATA)" --out "$(OUT)" --vae "$(VAE)" \
+	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh tools/extract_latents.py --data "$(DATA)" --out "$(OUT)" --vae "$(VAE)" \
 	    $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(ARGS)
 else
 	@$(BIN)/python tools/extract_latents.py --help; echo "usage: make extract-latents DATA=dir OUT=dir VAE=path-or-name"; exit 2
@@ -44,7 +43,7 @@ endif
 # CONFIG=switchdit/configs/X.yaml  DS_CONFIG=ds_configs/Y.json  [NPROC=8] [RESUME=auto] [ARGS="train.lr=1e-4 ..."]
 train: setup
 ifneq ($(and $(CONFIG),$(DS_CONFIG)),)
-	@NPROC=$(NPROC) launchers/single_node.sh switchdit/train.py --config "$(CONFIG)" --deepspeed_config "$(DS_CONFIG)" \
+	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh switchdit/train.py --config "$(CONFIG)" --deepspeed_config "$(DS_CONFIG)" \
 	    $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 else
 	@$(BIN)/python switchdit/train.py --help; echo "usage: make train CONFIG=file.yaml DS_CONFIG=file.json [NPROC=8] [RESUME=auto]"; exit 2
@@ -53,7 +52,7 @@ endif
 # CKPT=run or checkpoint folder  OUT=samples.npz  [NUM=50000] [NPROC=8] [ARGS="sample.cfg_scale=1.5 ..."]
 sample: setup
 ifneq ($(and $(CKPT),$(OUT)),)
-	@NPROC=$(NPROC) launchers/single_node.sh switchdit/sample.py --checkpoint "$(CKPT)" --out "$(OUT)" \
+	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh switchdit/sample.py --checkpoint "$(CKPT)" --out "$(OUT)" \
 	    $(if $(NUM),--num-samples $(NUM)) $(ARGS)
 else
 	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2

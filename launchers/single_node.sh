@@ -5,6 +5,7 @@
 #
 #   NPROC            processes: one for each GPU; on a machine without one, CPU processes that talk over gloo
 #                    (default: the number of GPUs, or 1)
+#   CUDA_VISIBLE_DEVICES  GPUs to use, e.g. 4,5 (default: all)
 #   DS_ACCELERATOR   cuda or cpu (default: cuda where nvidia-smi lists a GPU, else cpu)
 #   MASTER_PORT      port on which the processes meet (default: DeepSpeed's 29500); give each run on a machine its own
 #   OMP_NUM_THREADS  threads of each process (default: cores / processes on CPU, 4 beside a GPU)
@@ -19,6 +20,10 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 if [ -z "${DS_ACCELERATOR:-}" ]; then
     [ "$gpus" -gt 0 ] && DS_ACCELERATOR=cuda || DS_ACCELERATOR=cpu
 fi
+devices=${CUDA_VISIBLE_DEVICES:-}
+unset CUDA_VISIBLE_DEVICES # the launcher would ignore it, or take it for a hostfile
+[ "$DS_ACCELERATOR" = cuda ] || devices=
+[ -n "$devices" ] && gpus=$(tr ',' '\n' <<<"$devices" | wc -l)
 [ "$DS_ACCELERATOR" = cuda ] && default=$gpus || default=1
 NPROC=${NPROC:-$default}
 case $NPROC in '' | *[!0-9]* | 0) echo "error: NPROC is '$NPROC'; it must be a whole number of at least 1" >&2; exit 2 ;; esac
@@ -27,10 +32,10 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     [ "$DS_ACCELERATOR" = cuda ] || OMP_NUM_THREADS=$(( $(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1 ))
 fi
 export DS_ACCELERATOR OMP_NUM_THREADS
-# the launcher takes a hidden device list for a hostfile and then finds no slot
-[ "$DS_ACCELERATOR" = cpu ] && unset CUDA_VISIBLE_DEVICES
 
-command=(deepspeed --num_accelerators "$NPROC" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
+slots=(--num_accelerators "$NPROC")
+[ -n "$devices" ] && slots=(--include "localhost:$(cut -d, -f1-"$NPROC" <<<"$devices")")
+command=(deepspeed "${slots[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
 echo "+ ${command[*]}"
 if [ -n "${LOG:-}" ]; then
     "${command[@]}" 2>&1 | tee -a "$LOG"

@@ -28,6 +28,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 per_node=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64} # srun does not take it over from sbatch by itself
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} DS_ACCELERATOR=${DS_ACCELERATOR:-cuda}
 echo "+ $SLURM_NNODES nodes x $per_node processes, meeting at $master:$port: $*"
 # torchrun sets the same variables as DeepSpeed's launcher and needs no ssh between the nodes

@@ -79,6 +79,7 @@ class TrainConfig:
         _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "at least 1")
         for name in ("seed", "weight_decay", "warmup_steps", "decay_steps", "max_grad_norm"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        _require(self.seed < 2**32, "train.seed", self.seed, "below 2^32")
         for name in ("lr", "eps"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
@@ -141,7 +142,10 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
-        _require("name" in self.model, "model.name", None, "given, e.g. Switch-DiT-S/2")
+        _require(
+            isinstance(self.model.get("name"), str), "model.name", self.model.get("name"), "a name: Switch-DiT-S/2"
+        )
+        _require(all(isinstance(key, str) for key in self.model), "model", self.model, "a section of named fields")
 
     @property
     def model_name(self) -> str:
@@ -158,12 +162,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         UserError: unreadable file, unknown key (with the nearest valid one), wrong type, or a value out of range.
     """
-    return config_from_dict(_apply(_read_yaml(Path(path)), overrides))
+    return config_from_dict(_read_yaml(Path(path)), overrides)
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
+def config_from_dict(values: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Config:
     """As `load_config`, from nested dictionaries."""
-    return _build(Config, values, "")
+    return _build(Config, _apply(values, overrides), "")
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, 
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         values.setdefault(key, known[key])
     values.setdefault("gradient_clipping", known["gradient_clipping"])
-    _reject(values, path, config, world_size, on_gpu)
+    _reject(values, path, config, world_size)
+    params = values["optimizer"].setdefault("params", {})
+    for key in ("lr", "betas", "eps", "weight_decay"):  # DeepSpeed's own defaults are not the run's
+        if (key != "betas" and key != "eps") or "adam" in values["optimizer"].get("type", "").lower():
+            params.setdefault(key, known[f"optimizer.params.{key}"])
     return values
 
 
@@ -89,7 +93,10 @@ def _fill(section: dict, prefix: str, fillers: dict[str, Any], known: dict[str, 
             )
 
 
-def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int, on_gpu: bool) -> None:
+def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int) -> None:
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
+        if not isinstance(values.get(key, {}), dict):
+            raise UserError(f"DeepSpeed config '{path}': '{key}' must be an object, not {values[key]!r}")
     zero = values.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     bf16 = values.get("bf16", {}).get("enabled", False)
@@ -102,6 +109,10 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int,
         (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),
         (stage == 2 and not zero.get("reduce_scatter", True), "ZeRO-2 with MoE needs reduce_scatter"),
         (stage == 0 and bf16, "bf16 needs zero_optimization.stage 1 or 2, which keep float32 master weights"),
+        (
+            stage == 1 and bf16 and values.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+            "ZeRO-1 with bf16 cannot accumulate gradients in float32; use stage 2, or drop data_types",
+        ),
         (fp16, "fp16 is not supported: use bf16, or neither for float32"),
         (values.get("use_data_before_expert_parallelism", False), "use_data_before_expert_parallelism must be off"),
         (world_size % ep_size != 0, f"number of processes ({world_size}) must be divisible by ep_size ({ep_size})"),

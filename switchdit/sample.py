@@ -11,12 +11,17 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from switchdit.config import load_config
+from switchdit.config import config_from_dict
 from switchdit.errors import UserError, exit_on_user_error
+from switchdit.files import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def arguments() -> argparse.Namespace:
@@ -39,6 +44,8 @@ def main() -> None:
     for name, value in (("--num-samples", args.num_samples), ("--batch-size", args.batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to {2**32 - 1}")
     if Path(args.out).suffix != ".npz":
         raise UserError(f"--out is '{args.out}'; it must end in .npz")
     sample(args)
@@ -54,13 +61,12 @@ def sample(args: argparse.Namespace) -> None:
     from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
     from switchdit.engine.engine import barrier, init_processes, leave
     from switchdit.engine.generate import balanced_labels, build_averaged_model, check_sampling, class_rows, generate
-    from switchdit.files import atomic_write
     from switchdit.progress import progress
 
     # Validate and load.
     checkpoint = find_checkpoint(args.checkpoint)
     state = read_state(checkpoint)
-    config = load_config(checkpoint.parents[1] / "config.yaml", args.overrides)
+    config = config_from_dict(state["config"], args.overrides)
     processes = init_processes()
     autoencoder = load_autoencoder(args.vae or config.data.vae, processes.device)
     if state.get("vae_sha256") != autoencoder.identity["sha256"]:
@@ -82,39 +88,31 @@ def sample(args: argparse.Namespace) -> None:
     if processes.is_first:
         print(
             f"sampling {args.num_samples} images of {size}x{size} from {checkpoint}: {config.sample.sampler}, "
-            f"{config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, seed {args.seed}"
+            f"{config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, seed {args.seed}",
+            flush=True,
         )
         allocate(unfinished, shape)
-    barrier()
-    images = np.lib.format.open_memmap(unfinished, mode="r+")
-    mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
-    chunks = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    with progress(desc="sample", total=len(chunks) * config.sample.num_steps, unit="step") as bar:
-        for chunk in chunks:
-            images[chunk] = generate(
-                model,
-                diffusion,
-                autoencoder,
-                torch.from_numpy(labels[chunk]),
-                chunk.tolist(),
-                config.sample,
-                args.seed,
-                bar.update,
-            )
-    images.flush()
-    barrier()
-
-    # Write.
-    if processes.is_first:
-        with atomic_write(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.write(unfinished, "arr_0.npy")
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels)
-        grid = Path(args.grid) if args.grid else out.with_suffix(".png")
-        with atomic_write(grid) as file:
-            Image.fromarray(class_rows(images, labels, max_rows=10, columns=12)).save(file, format="PNG")
-        unfinished.unlink()
-        print(f"wrote {out} ({args.num_samples} images, arr_0 uint8, arr_1 labels) and {grid}")
+    try:
+        barrier()
+        images = np.lib.format.open_memmap(unfinished, mode="r+")
+        mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
+        chunks = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+        with progress(desc="sample", total=len(chunks) * config.sample.num_steps, unit="step") as bar:
+            for chunk in chunks:
+                y = torch.from_numpy(labels[chunk])
+                options = (config.sample, args.seed, bar.update)
+                images[chunk] = generate(model, diffusion, autoencoder, y, chunk.tolist(), *options)
+        images.flush()
+        barrier()
+        if processes.is_first:
+            grid = Path(args.grid) if args.grid else out.with_suffix(".png")
+            write(out, unfinished, labels)
+            with atomic_write(grid) as file:
+                Image.fromarray(class_rows(images, labels, max_rows=10, columns=12)).save(file, format="PNG")
+            print(f"wrote {out} ({args.num_samples} images, arr_0 uint8, arr_1 labels) and {grid}")
+    finally:
+        if processes.is_first:
+            unfinished.unlink(missing_ok=True)
     leave()
 
 
@@ -129,6 +127,16 @@ def allocate(path: Path, shape: tuple[int, ...]) -> None:
     except OSError as problem:
         path.unlink(missing_ok=True)
         raise OSError(problem.errno, problem.strerror, str(path)) from problem
+
+
+def write(out: Path, images: Path, labels: np.ndarray) -> None:
+    """ADM's format: the .npy file ``images`` as arr_0, ``labels`` as arr_1."""
+    import numpy as np
+
+    with atomic_write(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.write(images, "arr_0.npy")
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from switchdit.config import Config, load_config
+from switchdit.config import Config, config_to_dict, load_config
 from switchdit.errors import exit_on_user_error
 
 
@@ -40,31 +40,47 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.data.autoencoder import load_autoencoder
     from switchdit.data.compatibility import check_latents
     from switchdit.data.latent_dataset import LatentDataset
+    from switchdit.data.latent_shards import MANIFEST
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
     from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
     from switchdit.diffusion.losses import noise_losses
     from switchdit.engine.checkpoint import load_checkpoint, save_checkpoint
     from switchdit.engine.ema import Ema
-    from switchdit.engine.engine import build_engine, grad_norm, init_processes, leave, on_gpu, set_learning_rate
+    from switchdit.engine.engine import (
+        agree,
+        barrier,
+        build_engine,
+        grad_norm,
+        init_processes,
+        leave,
+        on_gpu,
+        set_optimizer,
+    )
     from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
-    from switchdit.engine.run_directory import open_run
+    from switchdit.engine.run_directory import choose_checkpoint, write_run_files
+    from switchdit.files import sha256_of
     from switchdit.models import build_model, model_fields, parameter_counts
     from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
     from switchdit.progress import progress
 
-    # Validate: everything that can be wrong is found before anything is written.
+    # Validate: everything that can be wrong is found before anything is written, and by all processes alike.
     processes = init_processes()
-    fields = model_fields(config.model_name, **config.model_overrides)
-    deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
-    dataset = LatentDataset(config.data.latents)
-    check_latents(dataset, config.data, fields)
-    if config.monitor.sample_every:
-        check_sampling(config.sample, fields["in_channels"], fields["num_timesteps"], fields["class_dropout_prob"] > 0)
-        if processes.is_first:
-            load_autoencoder(config.data.vae)  # not needed yet: a missing one is told now
-    run = open_run(config, deepspeed_config, processes, resume)
+
+    def validate() -> tuple:
+        fields = model_fields(config.model_name, **config.model_overrides)
+        deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
+        dataset = LatentDataset(config.data.latents)
+        check_latents(dataset, config.data, fields)
+        if config.monitor.sample_every:
+            has_null_label = fields["class_dropout_prob"] > 0
+            check_sampling(config.sample, fields["in_channels"], fields["num_timesteps"], has_null_label)
+            if processes.is_first:
+                load_autoencoder(config.data.vae)  # not needed yet: a missing one is told now
+        return fields, deepspeed_config, dataset, choose_checkpoint(config, resume)
+
+    fields, deepspeed_config, dataset, checkpoint = agree(validate)
 
     # Build.
     torch.manual_seed(config.train.seed)
@@ -77,10 +93,19 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         "model": {"name": config.model_name, **{k: v for k, v in fields.items() if k != "ep_size"}},
         "diffusion": {"schedule": config.diffusion.schedule},
         "vae_sha256": dataset.vae_sha256,
-        "run": {"seed": config.train.seed, "global_batch": config.train.global_batch, "num_images": len(dataset)},
+        "run": {
+            "seed": config.train.seed,
+            "global_batch": config.train.global_batch,
+            "latents": sha256_of(dataset.path / MANIFEST),
+        },
     }
-    first_step, sums = load_checkpoint(run.resume_from, engine, ema, about) if run.resume_from else (0, None)
-    monitor = Monitor(run.path, processes, model.num_timesteps, config.train.global_batch, first_step)
+    first_step, sums = load_checkpoint(checkpoint, engine, ema, about) if checkpoint else (0, None)
+    run_dir = Path(config.run_dir)
+    barrier()  # every process has read before the first one writes
+    if processes.is_first:
+        write_run_files(config, deepspeed_config, processes.world_size)
+    barrier()
+    monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, first_step)
     if sums:
         monitor.restore(sums)
     batches = TrainingBatches(
@@ -116,7 +141,9 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     )
     for step in bar:
         lr = config.train.lr_at(step)
-        set_learning_rate(engine, lr)
+        set_optimizer(
+            engine, lr=lr, betas=config.train.betas, eps=config.train.eps, weight_decay=config.train.weight_decay
+        )
         if with_experts:
             task_expert_map = model.task_expert_map()
             assignment = match_columns(task_expert_map, prior, config.train.seed, step)
@@ -148,17 +175,15 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         if due(config.monitor.routing_every, done, last) and with_experts:
             monitor.log_routing(done, task_expert_map, prior, assignment)
         if due(config.monitor.checkpoint_every, done, last):
-            save_checkpoint(run.checkpoints, engine, ema, done, about, monitor.state())
+            state = (about, monitor.state(), config_to_dict(config))
+            save_checkpoint(run_dir / "checkpoints", engine, ema, done, *state)
         if due(config.monitor.sample_every, done, last):
             averaged = ema.state_dict()
             if processes.is_first:
                 monitor.log_samples(done, sample_grid(config, about["model"], averaged, diffusion, processes.device))
     monitor.close()
     if processes.is_first:
-        print(
-            f"trained {config.train.steps} steps; checkpoints in {run.checkpoints}, "
-            f"TensorBoard in {run.path / 'tensorboard'}"
-        )
+        print(f"trained {config.train.steps} steps; everything is in {run_dir}: checkpoints/ tensorboard/ log.jsonl")
     leave()
 
 

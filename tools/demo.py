@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
 @exit_on_user_error
 def main() -> None:
     args = arguments()
+    os.chdir(ROOT)  # paths are the repository's, wherever this is started
     start = time.perf_counter()
     run, data = args.run_dir, args.data_dir
     clear(run)
@@ -94,6 +95,8 @@ The demo took {minutes} min {seconds} s.
 
 def clear(run: Path) -> None:
     """Remove a former demo's results, and nothing that is not one."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--run-dir '{run}' is a file")
     if run.exists() and any(run.iterdir()):
         if not (run / "demo").exists():
             raise UserError(f"'{run}' holds something that is not a demo's; choose another --run-dir")

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -25,6 +26,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from switchdit.engine.ema import Ema
@@ -50,7 +52,13 @@ class TensorsOnlyCheckpointEngine(CheckpointEngine):
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         with atomic_write(path) as file:
-            torch.save(state_dict, file)
+            remembering = _RememberingFile(file)
+            try:
+                torch.save(state_dict, remembering)
+            except RuntimeError:  # how torch reports whatever went wrong below it
+                if remembering.problem:
+                    raise remembering.problem from None
+                raise
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_CLASSES):
@@ -58,6 +66,23 @@ class TensorsOnlyCheckpointEngine(CheckpointEngine):
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True
+
+
+class _RememberingFile:
+    """A file that keeps the error of a failed write, such as a full disk, which torch.save hides."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.problem = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as problem:
+            self.problem = problem
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def checkpoint_name(step: int) -> str:
@@ -82,20 +107,20 @@ def save_checkpoint(
     step: int,
     about: dict[str, Any],
     monitor: list[list[float]],
+    config: dict[str, Any],
 ) -> Path:
     """Write the state after ``step`` optimizer steps; collective.
 
     Args:
         about: what the run is, e.g. model name and fields; it must be the same on resume.
         monitor: `Monitor.state`.
+        config: of the run; what sampling takes its settings from.
 
     Returns:
         The checkpoint's folder.
     """
     root = Path(root)
     final, partial = root / checkpoint_name(step), root / f"{PARTIAL}{checkpoint_name(step)}"
-    if final.exists():
-        return final
     first = dist.get_rank() == 0
     try:
         engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
@@ -104,9 +129,10 @@ def save_checkpoint(
             with atomic_write(partial / "ema.safetensors") as file:
                 file.write(save(averaged))
             state = {"format_version": FORMAT_VERSION, "step": step, "topology": _topology(engine), **about}
-            write_json(partial / "state.json", {**state, "monitor": monitor})
+            write_json(partial / "state.json", {**state, "monitor": monitor, "config": config})
         dist.barrier()
     except OSError:
+        time.sleep(1)  # the other processes come to a barrier, where they wait for this one
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if first:
@@ -137,7 +163,7 @@ def load_checkpoint(
             f"checkpoint '{path}' is of another {_difference('topology', state['topology'], _topology(engine))}"
         )
     engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
-    ema.load_state_dict(load_file(path / "ema.safetensors"))
+    ema.load_state_dict(read_ema(path))
     return state["step"], state["monitor"]
 
 
@@ -160,16 +186,21 @@ def read_state(path: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise UserError(f"checkpoint '{path}' cannot be read: {problem}") from None
-    if state.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"checkpoint '{path}' has format {state.get('format_version')}; this version reads 1")
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint '{path}' has another format than version {FORMAT_VERSION}, which this program reads"
+        )
     return state
 
 
 def read_ema(path: Path) -> dict[str, torch.Tensor]:
     """Averaged weights of a checkpoint, float32, experts under global ids."""
-    return load_file(path / "ema.safetensors")
+    try:
+        return load_file(path / "ema.safetensors")
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"checkpoint '{path}': ema.safetensors cannot be read: {problem}") from None
 
 
 def _topology(engine: DeepSpeedEngine) -> dict[str, Any]:

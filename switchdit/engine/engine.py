@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+import pydantic
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
@@ -22,6 +25,8 @@ from torch import nn
 
 from switchdit.engine.checkpoint import TensorsOnlyCheckpointEngine
 from switchdit.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ def init_processes() -> Processes:
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls in DeepSpeed
+    if "WORLD_SIZE" not in os.environ:  # no launcher: alone, beside whatever else runs on this machine
+        os.environ["MASTER_PORT"] = str(_free_port())
     for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -61,6 +68,24 @@ def init_processes() -> Processes:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def agree(validate: Callable[[], T]) -> T:
+    """Run ``validate`` on every process; if any of them finds a mistake, all raise it; collective.
+
+    Paths differ between machines: what one process misses, the others must not wait for.
+    """
+    result, mistake = None, None
+    try:
+        result = validate()
+    except UserError as problem:
+        mistake = str(problem)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mistake)
+    for rank, message in enumerate(everyone):
+        if message:
+            raise UserError(message if rank == 0 else f"(process {rank}) {message}")
+    return result
 
 
 def on_gpu() -> bool:
@@ -80,22 +105,29 @@ def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspee
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=deepspeed_config)
-    except deepspeed.runtime.config.DeepSpeedConfigError as problem:
+    except (deepspeed.runtime.config.DeepSpeedConfigError, pydantic.ValidationError) as problem:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
     engine.checkpoint_engine = TensorsOnlyCheckpointEngine()
     engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py cannot read expert checkpoints
     return engine
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+def set_optimizer(engine: deepspeed.DeepSpeedEngine, **settings: Any) -> None:
+    """Set lr, betas, eps or weight_decay, as far as the optimizer has them, for the next step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group.update({key: value for key, value in settings.items() if key in group})
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
     """Norm of the last step's gradient before clipping; None where DeepSpeed does not compute one."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def barrier() -> None:

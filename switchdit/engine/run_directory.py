@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +17,55 @@ import yaml
 
 import switchdit
 from switchdit.config import Config, config_to_dict
-from switchdit.engine.checkpoint import complete_checkpoints, find_checkpoint, remove_partial_checkpoints
-from switchdit.engine.engine import Processes, barrier
+from switchdit.engine.checkpoint import complete_checkpoints, find_checkpoint, read_state, remove_partial_checkpoints
 from switchdit.errors import UserError
 from switchdit.files import atomic_write, write_json
 
 
-@dataclass(frozen=True)
-class Run:
-    path: Path
-    resume_from: Path | None  # a whole checkpoint
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-
-def open_run(config: Config, deepspeed_config: dict[str, Any], processes: Processes, resume: str | None) -> Run:
-    """Choose where to continue and write down what is run; collective.
+def choose_checkpoint(config: Config, resume: str | None) -> Path | None:
+    """The checkpoint to continue from, or None for a fresh start; nothing is written.
 
     Args:
         resume: None, ``"auto"`` (the newest whole checkpoint of the run, or a fresh start), or a checkpoint's path.
 
     Raises:
-        UserError: if the folder already holds checkpoints and ``resume`` is None, or a named checkpoint is not whole.
+        UserError: if the run's folder holds checkpoints that would be mixed up, a named checkpoint is not whole, or it
+            lies beyond ``train.steps``.
     """
     path = Path(config.run_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir '{path}' is a file")
     existing = complete_checkpoints(path / "checkpoints")
-    if resume is None and existing:
-        raise UserError(
-            f"run_dir '{path}' already holds checkpoints up to {existing[-1].name}; "
-            "continue with --resume auto, or choose another run_dir"
-        )
+    if resume is None:
+        if existing:
+            raise UserError(
+                f"run_dir '{path}' already holds checkpoints up to {existing[-1].name}; "
+                "continue with --resume auto, or choose another run_dir"
+            )
+        return None
     if resume == "auto":
-        resume_from = existing[-1] if existing else None
+        chosen = existing[-1] if existing else None
     else:
-        resume_from = find_checkpoint(resume) if resume else None
-    barrier()  # every process has looked before the first one writes
-    if processes.is_first:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        remove_partial_checkpoints(path / "checkpoints")
-        with atomic_write(path / "config.yaml", "w") as file:
-            yaml.safe_dump(config_to_dict(config), file, sort_keys=False)
-        write_json(path / "deepspeed_config.json", deepspeed_config)
-        write_json(path / "version.json", {**versions(), "command": sys.argv, "processes": processes.world_size})
-    barrier()
-    return Run(path, resume_from)
+        chosen = find_checkpoint(resume)
+        if existing and chosen.resolve() != existing[-1].resolve():
+            raise UserError(
+                f"run_dir '{path}' holds checkpoints up to {existing[-1].name}; to continue from '{chosen}' "
+                "choose another run_dir"
+            )
+    if chosen and (step := read_state(chosen)["step"]) > config.train.steps:
+        raise UserError(f"train.steps is {config.train.steps}, but checkpoint '{chosen}' is already at step {step}")
+    return chosen
+
+
+def write_run_files(config: Config, deepspeed_config: dict[str, Any], world_size: int) -> None:
+    """Write down what is run; on the first process, once nothing can be refused any more."""
+    path = Path(config.run_dir)
+    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    remove_partial_checkpoints(path / "checkpoints")
+    with atomic_write(path / "config.yaml", "w") as file:
+        yaml.safe_dump(config_to_dict(config), file, sort_keys=False)
+    write_json(path / "deepspeed_config.json", deepspeed_config)
+    write_json(path / "version.json", {**versions(), "command": sys.argv, "processes": world_size})
 
 
 def versions() -> dict[str, str]:

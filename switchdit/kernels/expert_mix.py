@@ -40,12 +40,3 @@ def linear_mixture_reference(z: Tensor, weight: Tensor, bias: Tensor, gates: Ten
     for j in range(weight.shape[0]):
         out = out + gates[:, j, None, None].to(z.dtype) * (z @ weight[j] + bias[j])
     return out
-
-
-def expert_mix(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask of a block's input and the masked input (Switch-DiT, Sec. 4.1): ``m = 1 + mixture``, ``r = z * m``.
-
-    Shapes as in `linear_mixture`. Returns ``(routed, mask)``, both (N, L, D).
-    """
-    mask = 1 + linear_mixture(z, weight, bias, gates)
-    return z * mask, mask

@@ -107,7 +107,7 @@ def _same_type(key: str, value: Any, like: Any) -> Any:
 
 
 def _check(f: dict[str, Any]) -> None:
-    for key in set(f) & {"input_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "patch_size"}:
+    for key in (*SIZES["S"], "input_size", "in_channels", "num_classes", "patch_size", "num_timesteps"):
         if f[key] < 1:
             raise UserError(f"model field '{key}' must be at least 1, not {f[key]}")
     if f["input_size"] % f["patch_size"]:
@@ -118,5 +118,7 @@ def _check(f: dict[str, Any]) -> None:
         raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by 4, for 2-D sine and cosine positions")
     if "num_experts" in f:
         check_mixture(f["num_experts"], f["top_k"], f["ep_size"])
+    if not 0 < f["mlp_ratio"] * f["hidden_size"] < 2**31:
+        raise UserError(f"mlp_ratio ({f['mlp_ratio']}) must be a number above 0")
     if not 0 <= f["class_dropout_prob"] <= 1:
         raise UserError(f"class_dropout_prob ({f['class_dropout_prob']}) must lie between 0 and 1")
