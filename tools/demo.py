@@ -88,7 +88,7 @@ The demo took {minutes} min {seconds} s.
   metrics       {run / "metrics.json"}: {metrics["label_accuracy"]:.1%} recognised as their label,
                 Fréchet distance (digit features) {metrics["frechet_distance"]:.2f}
   checkpoints   {run / "checkpoints"}
-  TensorBoard   make tensorboard LOGDIR={run}
+  TensorBoard   {run / "tensorboard"} (make tensorboard LOGDIR={run})
 """
     )
 
