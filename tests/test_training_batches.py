@@ -1,5 +1,7 @@
 """Data order and draws: functions of (seed, position), independent of who asks and when."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from switchdit.data.training_batches import EpochOrder, TrainingBatches
+from switchdit.data.training_batches import EpochOrder, TrainingBatches, logit_normal
+from switchdit.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class Toy:
@@ -90,6 +95,86 @@ def test_what_is_drawn():
     together = np.stack([flipped, batch.drop_label, batch.t > 499, batch.noise[:, 0, 0, 0] > 0]).astype(float)
     assert np.abs(np.corrcoef(together) - np.eye(4)).max() < 0.06
     assert not make(micro_batch=100, horizontal_flip=False).batch(0, 0).x0[:, 0, 0, 1].any()
+
+
+def draws(**options):
+    return make(micro_batch=4003, seed=3, **options).batch(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "gate_noise"),
+    [("clusters", 0), ("flow_uniform", 0), ("flow_logit_normal", 0), ("uniform", 6), ("clusters", 5)],
+)
+def test_options_leave_the_other_draws_alone(distribution, gate_noise):
+    """Gate noise comes last; times of another distribution move those that follow them, and nothing else."""
+    plain, batch = draws(), draws(time_distribution=distribution, gate_noise=gate_noise)
+    for field in ("y", "drop_label", "index", *(("t", "x0", "noise") if distribution == "uniform" else ())):
+        assert torch.equal(getattr(batch, field), getattr(plain, field)), field
+    if not gate_noise:
+        assert batch.gate_noise is None
+        return
+    assert batch.gate_noise.shape == (4003, gate_noise)
+    assert batch.gate_noise.dtype == torch.float32
+    assert stats.kstest(batch.gate_noise.flatten().numpy(), "norm").pvalue > 1e-3
+    assert torch.corrcoef(batch.gate_noise.T).fill_diagonal_(0).abs().max() < 0.06
+    assert batch.to(torch.device("cpu")).gate_noise is batch.gate_noise
+
+
+@pytest.mark.parametrize("gate_noise", [0, 2])
+def test_a_batch_moves_with_what_it_has(monkeypatch, gate_noise):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
+    batch = make(gate_noise=gate_noise).batch(0, 0)
+    moved = batch.to(torch.device("meta"))
+    assert all(x.is_meta for x in (moved.x0, moved.noise, moved.t, moved.y, moved.drop_label, moved.index))
+    assert moved.x0.shape == batch.x0.shape
+    assert moved.gate_noise is None if gate_noise == 0 else moved.gate_noise.is_meta
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_timesteps=st.integers(8, 1100), micro_batch=st.integers(1, 20), step=st.integers(0, 9))
+def test_timesteps_by_cluster(num_timesteps, micro_batch, step):
+    """Position p of the run has a timestep of cluster p mod 8, for every batch size; none is dropped."""
+    batches = make(micro_batch=micro_batch, num_timesteps=num_timesteps, time_distribution="clusters")
+    batch = batches.batch(step, 0)
+    assert batch.t.shape == (micro_batch,)
+    assert batch.t.dtype == torch.int64
+    assert batch.t.min() >= 0
+    assert batch.t.max() < num_timesteps
+    assert (batch.t * 8 // num_timesteps).tolist() == (batches.positions(step, 0) % 8).tolist()
+
+
+def test_timesteps_by_cluster_are_uniform_within_it():
+    t = draws(time_distribution="clusters").t.numpy()
+    for cluster in range(8):
+        mine = t[t * 8 // 1000 == cluster]
+        assert stats.kstest((mine % 125 + 0.5) / 125, "uniform").pvalue > 1e-3
+        assert (mine.min() - 125 * cluster, mine.max() - 125 * cluster) <= (3, 124)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "cdf"),
+    [("flow_uniform", "uniform"), ("flow_logit_normal", lambda t: stats.norm.cdf(np.log(t / (1 - t))))],
+)
+def test_times_of_a_flow(distribution, cdf):
+    t = draws(time_distribution=distribution).t
+    assert t.dtype == torch.float32
+    assert 0 < t.min() < t.max() < 1
+    assert stats.kstest(t.double().numpy(), cdf).pvalue > 1e-3
+    assert len(t.unique()) > 3990
+
+
+def test_published_logit_normal_times():
+    with np.load(GOLDEN / "rectified_flow.npz") as golden:
+        ours = [logit_normal(z) for z in golden["ln/drawn"].astype(np.float64)]
+        np.testing.assert_allclose(ours, golden["ln/t"], rtol=2e-7)
+        assert (golden["uniform/drawn"] == golden["uniform/t"]).all()  # uniform times are used as drawn
+
+
+def test_impossible_times():
+    with pytest.raises(UserError, match="'cluster' is unknown; did you mean 'clusters'"):
+        make(time_distribution="cluster").batch(0, 0)
+    with pytest.raises(UserError, match="num_timesteps is 7; timestep clusters need at least 8"):
+        make(time_distribution="clusters", num_timesteps=7).batch(0, 0)
 
 
 def test_posterior_is_sampled():

@@ -8,6 +8,7 @@ resumed run needs no replay and the same run on more processes sees the same sam
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switchdit.diffusion.weightings import NUM_CLUSTERS, cluster_bounds
+from switchdit.errors import UserError, nearest
 from switchdit.random_streams import random_stream
 
 
@@ -38,8 +41,9 @@ class Batch:
     Attributes:
         x0: (n, C, H, W) float32 latents, scaled.
         noise: (n, C, H, W) float32 standard normal.
-        t: (n,) int64 timesteps; y: (n,) int64 labels; drop_label: (n,) bool.
+        t: (n,) int64 timesteps, or float32 times above 0 and below 1; y: (n,) int64 labels; drop_label: (n,) bool.
         index: (n,) int64 positions in the data set.
+        gate_noise: (n, number of gates) float32 standard normal, where asked for.
     """
 
     x0: Tensor
@@ -48,11 +52,13 @@ class Batch:
     y: Tensor
     drop_label: Tensor
     index: Tensor
+    gate_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        return Batch(*(getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in fields(self)))
+        tensors = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return Batch(**{name: x.pin_memory().to(device, non_blocking=True) for name, x in tensors.items()})
 
 
 class EpochOrder:
@@ -74,6 +80,36 @@ class EpochOrder:
         return out
 
 
+def _uniform_timestep(stream: np.random.Generator, position: int, num_timesteps: int) -> int:
+    return stream.integers(num_timesteps)
+
+
+def _timestep_of_cluster(stream: np.random.Generator, position: int, num_timesteps: int) -> int:
+    """Clusters in turn, so that any batch has its share of each; uniform within (Switch-DiT's, for all batch sizes)."""
+    return stream.integers(*cluster_bounds(position % NUM_CLUSTERS, num_timesteps))
+
+
+def _uniform_time(stream: np.random.Generator, position: int, num_timesteps: int) -> float:
+    return (stream.integers(2**23) + 0.5) / 2**23  # exact in float32, and neither 0 nor 1
+
+
+def _logit_normal_time(stream: np.random.Generator, position: int, num_timesteps: int) -> float:
+    return logit_normal(stream.standard_normal())
+
+
+def logit_normal(z: float) -> float:
+    """The time of a standard normal ``z``: sigmoid(z) (Esser et al. 2024, arXiv 2403.03206, Sec. 3.1)."""
+    return 1 / (1 + math.exp(-z))
+
+
+TIME_DISTRIBUTIONS = {
+    "uniform": (_uniform_timestep, np.int64),
+    "clusters": (_timestep_of_cluster, np.int64),
+    "flow_uniform": (_uniform_time, np.float32),
+    "flow_logit_normal": (_logit_normal_time, np.float32),
+}
+
+
 def make_batch(
     dataset: Moments,
     order: EpochOrder,
@@ -82,24 +118,44 @@ def make_batch(
     num_timesteps: int,
     label_dropout: float,
     horizontal_flip: bool,
+    time_distribution: str = "uniform",
+    gate_noise: int = 0,
 ) -> Batch:
-    """The samples at ``positions``, with timesteps uniform over ``num_timesteps``."""
+    """The samples at ``positions``.
+
+    Args:
+        time_distribution: ``"uniform"`` over 0 .. num_timesteps - 1; ``"clusters"``: position p of the run gets a
+            timestep of cluster p mod 8; ``"flow_uniform"`` or ``"flow_logit_normal"``: times between 0 and 1.
+        gate_noise: how many gates get noise; with 0 the batch has none. The other draws do not depend on it.
+
+    Raises:
+        UserError: unknown distribution, or fewer timesteps than clusters.
+    """
+    if time_distribution not in TIME_DISTRIBUTIONS:
+        hint = nearest(time_distribution, TIME_DISTRIBUTIONS)
+        raise UserError(f"time distribution '{time_distribution}' is unknown{hint}")
+    if time_distribution == "clusters" and num_timesteps < NUM_CLUSTERS:
+        raise UserError(f"num_timesteps is {num_timesteps}; timestep clusters need at least {NUM_CLUSTERS}")
+    draw_time, time_type = TIME_DISTRIBUTIONS[time_distribution]
     n, shape = len(positions), dataset.latent_shape
     index = order[positions]
     flipped, drop_label = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-    t = np.empty(n, dtype=np.int64)
+    t = np.empty(n, dtype=time_type)
+    gates = np.empty((n, gate_noise), dtype=np.float32)
     draw, noise = np.empty((n, *shape), dtype=np.float32), np.empty((n, *shape), dtype=np.float32)
     for i, position in enumerate(positions):
         stream = random_stream(order.seed, "sample", int(position))
         flip, drop = stream.random(2)
         flipped[i], drop_label[i] = horizontal_flip and flip < 0.5, drop < label_dropout
-        t[i] = stream.integers(num_timesteps)
+        t[i] = draw_time(stream, int(position), num_timesteps)
         stream.standard_normal(out=draw[i], dtype=np.float32)
         stream.standard_normal(out=noise[i], dtype=np.float32)
+        stream.standard_normal(out=gates[i], dtype=np.float32)
     mean, std = dataset.moments(index, flipped)
     x0 = (mean + std * draw) * np.float32(dataset.scale_factor)
     arrays = (x0, noise, t, dataset.labels[index].astype(np.int64), drop_label, index)
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+    tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
+    return Batch(*tensors, gate_noise=torch.from_numpy(gates) if gate_noise else None)
 
 
 class TrainingBatches:
@@ -107,7 +163,7 @@ class TrainingBatches:
 
     Args:
         seed, rank, world_size, micro_batch, accumulation: of the run; the last three multiply to the global batch.
-        num_timesteps, label_dropout, horizontal_flip: as in `make_batch`.
+        sample_options: those of `make_batch`.
     """
 
     READ_AHEAD = 4

@@ -128,6 +128,7 @@ class GaussianDiffusion:
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - abar)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)
+        self.snr = abar / (1 - abar)
         # Ho et al. Eq. 6, 7
         self.posterior_mean_coef1 = betas * np.sqrt(abar_prev) / (1 - abar)
         self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(alphas) / (1 - abar)
@@ -151,6 +152,16 @@ class GaussianDiffusion:
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x0) for a given standard normal ``noise`` (Ho et al. Eq. 4): (N, C, H, W)."""
         return self._at("sqrt_alphas_cumprod", t, x0) * x0 + self._at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
+
+    interpolate = q_sample  # the name that training calls, whatever the process
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """What a model is told of the index ``t``: the timestep of the original process, (N,) int64."""
+        return self._table("timestep_map", t.device, torch.int64)[t]
+
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        """abar_t / (1 - abar_t): (N,) float32."""
+        return self._table("snr", t.device, torch.float32)[t]
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """q(x_{t-1} | x_t, x0) (Ho et al. Eq. 6, 7): its mean (N, C, H, W) and log variance (N, 1, 1, 1).
@@ -196,12 +207,16 @@ class GaussianDiffusion:
         return ReverseStep(mean, self._at("log_betas", t, x_t).expand_as(mean), x0)
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """(T,) table, (N,) -> (N, 1, 1, 1) on the device of ``like``; only its first use there copies the table."""
-        key = (table, like.device, arithmetic_dtype(like))
+        """(T,) table, (N,) -> (N, 1, 1, 1) on the device of ``like``."""
+        return self._table(table, like.device, arithmetic_dtype(like))[t].view(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(T,) on ``device``; only the first use there copies it."""
+        key = (name, device, dtype)
         if key not in self._on_device:
             with torch.inference_mode(False):  # a table first used while sampling must serve training as well
-                self._on_device[key] = torch.tensor(getattr(self, table), device=like.device, dtype=key[2])
-        return self._on_device[key][t].view(-1, *[1] * (like.ndim - 1))
+                self._on_device[key] = torch.tensor(getattr(self, name), device=device, dtype=dtype)
+        return self._on_device[key]
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

@@ -1,11 +1,12 @@
-"""From noise to images: ancestral sampling (DDPM), DDIM, classifier-free guidance, and noise that belongs to an image.
+"""From noise to images: DDPM, DDIM, Euler steps along a flow, classifier-free guidance, noise that belongs to an image.
 
     N = samples, C = latent channels, S = steps of the (respaced) process, latents (N, C, H, W)
     abar_i = cumulative product of 1 - beta at step i
 
-A sampler calls ``denoise(x, t) -> (N, 2C or C, H, W)`` with ORIGINAL timesteps t (N,) int64: what the model was
-trained with, whatever the spacing. It knows nothing of models or labels, and draws no random numbers of its own:
-``noise(i)`` gives those of loop iteration i (0 is the noisiest). The last step adds none and does not call it.
+A sampler calls ``denoise(x, t) -> (N, 2C or C, H, W)`` with what a model was trained to be told, whatever the spacing:
+a number that all rows share, the ORIGINAL timestep (int) or a flow's `model_time` (float). It knows nothing of models
+or labels, and draws no random numbers of its own: ``noise(i)`` gives those of loop iteration i (0 is the noisiest).
+The last step adds none and does not call it.
 
 Arithmetic is float32 (float64 if x_T is), also around a bfloat16 model. No step waits for the device.
 """
@@ -20,17 +21,18 @@ import torch
 from torch import Tensor
 
 from switchdit.diffusion.gaussian import GaussianDiffusion, arithmetic_dtype
+from switchdit.diffusion.rectified_flow import RectifiedFlow
 from switchdit.errors import UserError
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int], Tensor]
 Progress = Callable[[Iterable[int]], Iterable[int]]  # such as functools.partial(switchdit.progress.progress, desc=...)
 
 
 class SamplerStep(NamedTuple):
-    """What one iteration leaves: the timestep it denoised (original numbering), the new x, and the x0 it foresaw."""
+    """What one iteration leaves: the timestep that it told the model, the new x, and the x0 it foresaw."""
 
-    timestep: int
+    timestep: float
     x: Tensor
     x0: Tensor
 
@@ -67,7 +69,7 @@ def ddpm_steps(
     x = x_T
     for iteration, (index, t) in enumerate(_descending(diffusion, x_T, progress)):
         timestep = int(diffusion.timestep_map[index])
-        step = diffusion.reverse_step(denoise(x, torch.full_like(t, timestep)), x, t, clip_denoised)
+        step = diffusion.reverse_step(denoise(x, timestep), x, t, clip_denoised)
         x = step.mean
         if index > 0:
             x = x + torch.exp(0.5 * step.log_variance) * noise(iteration)
@@ -108,7 +110,7 @@ def ddim_steps(
     x, channels = x_T, x_T.shape[1]
     for iteration, (index, t) in enumerate(_descending(diffusion, x_T, progress)):
         timestep = int(diffusion.timestep_map[index])
-        eps = denoise(x, torch.full_like(t, timestep))[:, :channels].to(arithmetic_dtype(x))
+        eps = denoise(x, timestep)[:, :channels].to(arithmetic_dtype(x))
         x0 = diffusion.predict_x0(x, t, eps)
         # the whole batch shares the step: coefficients are host numbers in float64
         abar, abar_prev = float(diffusion.alphas_cumprod[index]), float(diffusion.alphas_cumprod_prev[index])
@@ -122,47 +124,83 @@ def ddim_steps(
         yield SamplerStep(timestep, x, x0)
 
 
+def euler_sample(
+    velocity: Denoise, flow: RectifiedFlow, x_T: Tensor, num_steps: int, progress: Progress | None = None
+) -> Tensor:
+    """The last x of `euler_steps`: (N, C, H, W)."""
+    return _last(euler_steps(velocity, flow, x_T, num_steps, progress))
+
+
+@torch.no_grad()
+def euler_steps(
+    velocity: Denoise, flow: RectifiedFlow, x_T: Tensor, num_steps: int, progress: Progress | None = None
+) -> Iterator[SamplerStep]:
+    """Euler's method from noise at t = 1 to data at t = 0, in equal steps (Liu et al. 2022, Sec. 2.1).
+
+    Each step's ``x0`` is where its velocity leads if followed to the end. The first C channels that ``velocity``
+    returns are used.
+
+    Args:
+        x_T: (N, C, H, W) standard normal.
+        progress: wraps the sequence of steps, to show them.
+    """
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}; it must be at least 1")
+    x, channels = x_T, x_T.shape[1]
+    remaining: Iterable[int] = range(num_steps, 0, -1)
+    for left in progress(remaining) if progress else remaining:
+        t = left / num_steps
+        timestep = flow.model_time(t)
+        v = velocity(x, timestep)[:, :channels].to(arithmetic_dtype(x))
+        x0 = x - t * v
+        x = x - v / num_steps
+        yield SamplerStep(timestep, x, x0)
+
+
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     y: Tensor,
     null_label: int,
     cfg_scale: float,
     guided_channels: int | None = None,
-    interval: tuple[int, int] | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) of ``model(x, t, y)``, as a ``denoise``.
 
     One forward of 2N rows, conditional first. Prediction = uncond + cfg_scale * (cond - uncond) on the first
     ``guided_channels`` channels of x; all others, variance included, are the conditional half's. A scale of 1 is the
-    plain model: one forward of N rows.
+    plain model: one forward of N rows. The result also takes timesteps (N,), one for each row.
 
     Args:
         y: (N,) int64 labels, on the device of x.
         null_label: the row of the label table that stands for "no label".
         guided_channels: None guides all C channels, as Switch-DiT's published samples do. DiT's do with 3 of the 4
             latent channels, "for exact reproducibility" of theirs: pass 3 to compare with DiT.
-        interval: (low, high), original timesteps, both inclusive, in which to guide; outside them the result is the
-            conditional prediction (Kynkäänniemi et al. 2024, arXiv 2404.07724). It costs 2N rows there too: to skip
-            them would mean to wait for t.
+        interval: (low, high), in what the model is told, both inclusive, in which to guide; outside them the result is
+            the conditional prediction (Kynkäänniemi et al. 2024, arXiv 2404.07724), by one forward of N rows. Of
+            timesteps (N,) it takes 2N wherever they are: to skip them would mean to wait for the device.
     """
     if guided_channels is not None and guided_channels < 1:
         raise UserError(f"guided_channels is {guided_channels}; it must be at least 1 (or none given: all channels)")
-    if cfg_scale == 1:
-        return lambda x, t: model(x, t, y)
-    both_y = torch.cat([y, torch.full_like(y, null_label)])
+    low, high = interval or (-math.inf, math.inf)
+    both_y = torch.cat([y, torch.full_like(y, null_label)]) if cfg_scale != 1 else None
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: float | Tensor) -> Tensor:
         n, channels = x.shape[:2]
         if y.shape != (n,):
             raise ValueError(f"guidance was made for labels of shape {tuple(y.shape)}, x has {n} rows")
         first = channels if guided_channels is None else guided_channels
         if first > channels:
             raise UserError(f"guided_channels is {first}, but x has {channels} channels")
-        out = model(torch.cat([x, x]), torch.cat([t, t]), both_y).to(arithmetic_dtype(x))  # (2N, 2C or C, H, W)
+        per_row = isinstance(t, Tensor)
+        rows = t if per_row else torch.full((n,), t, device=x.device)
+        if cfg_scale == 1 or not (per_row or low <= t <= high):
+            return model(x, rows, y)
+        out = model(torch.cat([x, x]), torch.cat([rows, rows]), both_y).to(arithmetic_dtype(x))  # (2N, 2C or C, H, W)
         conditional, unconditional = out[:n], out[n:, :first]
         prediction = unconditional + cfg_scale * (conditional[:, :first] - unconditional)
-        if interval is not None:
-            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, *[1] * (x.ndim - 1))
+        if per_row and interval is not None:
+            inside = ((t >= low) & (t <= high)).view(-1, *[1] * (x.ndim - 1))
             prediction = torch.where(inside, prediction, conditional[:, :first])
         return torch.cat([prediction, conditional[:, first:]], 1)
 
