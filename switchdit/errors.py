@@ -17,11 +17,11 @@ class UserError(ValueError):
     """Something the user can put right. The message is one line: the thing, its value, what would be valid."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: ``"; did you mean 'top_k'?"``, or the list of valid names when none is near."""
+def nearest(name: str, valid: Iterable[str], described: str | None = None) -> str:
+    """A hint for a misspelt name: ``"; did you mean 'top_k'?"``, or what is valid (all, or ``described``)."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid are: {', '.join(valid)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; valid are: {described or ', '.join(valid)}"
 
 
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:

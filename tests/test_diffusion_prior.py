@@ -119,3 +119,12 @@ def test_descending_the_loss_teaches_gates_the_prior():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3 * start
+
+
+def test_a_random_prior_gives_neighbours_nothing_in_common():
+    mask = prior_mask(12, 3, 2, variant="random")
+    assert torch.equal(mask, prior_mask(12, 3, 2, variant="random"))
+    assert (mask.sum(1) == 24).all()
+    shared = (mask[1:] * mask[:-1]).sum(1).mean() / 24
+    assert abs(shared - 2 / 3) < 0.02  # what chance gives
+    assert (prior_mask(12, 3, 2)[1:] * prior_mask(12, 3, 2)[:-1]).sum(1).mean() / 24 > 0.99

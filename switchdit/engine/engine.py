@@ -11,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 import deepspeed
 import pydantic
+import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
@@ -128,6 +125,11 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def add_over_processes(tensor: torch.Tensor) -> None:
+    """Sum ``tensor`` over all processes, in place; collective."""
+    dist.all_reduce(tensor)
 
 
 def barrier() -> None:

@@ -13,14 +13,14 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from switchdit.errors import UserError
-from switchdit.moe.layer import TimestepMoE
+from switchdit.moe.layer import RoutedMoE
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
-def _mixtures(model: nn.Module) -> Iterator[tuple[str, TimestepMoE]]:
+def _mixtures(model: nn.Module) -> Iterator[tuple[str, RoutedMoE]]:
     for name, module in model.named_modules():
-        if isinstance(module, TimestepMoE):
+        if isinstance(module, RoutedMoE):
             yield f"{name}.{EXPERTS}", module
 
 

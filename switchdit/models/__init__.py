@@ -7,11 +7,20 @@ from typing import Any
 from torch import nn
 
 from switchdit.errors import UserError, nearest
+from switchdit.models.diff_moe import DiffMoE
 from switchdit.models.dit import DiT
-from switchdit.models.switch_dit import SwitchDiT
+from switchdit.models.dtr import CHANNEL_MASKS, DTR
+from switchdit.models.multi_expert import MultiExpertDiT
+from switchdit.models.switch_dit import GATES, INTEGRATIONS, SwitchDiT
 from switchdit.moe.layer import check_mixture
 
-SYSTEMS: dict[str, type[DiT]] = {"DiT": DiT, "Switch-DiT": SwitchDiT}
+SYSTEMS: dict[str, type[nn.Module]] = {
+    "DiT": DiT,
+    "DTR": DTR,
+    "Switch-DiT": SwitchDiT,
+    "Diff-MoE": DiffMoE,
+    "Multi-Expert-DiT": MultiExpertDiT,
+}
 
 # DiT, Table 1
 SIZES = {
@@ -31,10 +40,27 @@ COMMON_FIELDS = {
     "learn_sigma": True,
     "num_timesteps": 1000,
 }
-# Switch-DiT, Sec. 5.1
-SYSTEM_FIELDS: dict[str, dict[str, Any]] = {"DiT": {}, "Switch-DiT": {"num_experts": 3, "top_k": 2, "ep_size": 1}}
+# DTR, Sec. 5.1; Switch-DiT, Sec. 5.1; Diff-MoE, the authors' code
+SYSTEM_FIELDS: dict[str, dict[str, Any]] = {
+    "DiT": {},
+    "DTR": {"alpha": 4.0, "beta": 0.8, "channel_mask": "dtr"},
+    "Switch-DiT": {
+        "num_experts": 3,
+        "top_k": 2,
+        "ep_size": 1,
+        "gate": "plain",
+        "integration": "multiply_skip_one",
+    },
+    "Diff-MoE": {"num_experts": 8, "top_k": 2, "ep_size": 1, "num_shared_experts": 2},
+    "Multi-Expert-DiT": {"num_denoisers": 4},
+}
+# Diff-MoE, the smaller ones that the authors set beside dense DiT
+V2_FIELDS = {"mlp_ratio": 5 / 3, "num_shared_experts": 1}
+CHOICES = {"channel_mask": CHANNEL_MASKS, "gate": GATES, "integration": INTEGRATIONS}
 
 MODEL_NAMES = [f"{system}-{size}/{patch}" for system in SYSTEMS for size in SIZES for patch in PATCH_SIZES]
+MODEL_NAMES += [f"Diff-MoE-{size}/2_v2" for size in ("S", "B", "L")]
+NAMES_IN_SHORT = f"{{{','.join(SYSTEMS)}}}-{{{','.join(SIZES)}}}/{{2,4,8}}, Diff-MoE-{{S,B,L}}/2_v2"
 
 
 def model_fields(name: str, **overrides: Any) -> dict[str, Any]:
@@ -44,9 +70,11 @@ def model_fields(name: str, **overrides: Any) -> dict[str, Any]:
         UserError (a ValueError): unknown name or field, with the nearest valid one, or numbers that do not fit.
     """
     if name not in MODEL_NAMES:
-        raise UserError(f"model '{name}' is unknown{nearest(name, MODEL_NAMES)}")
+        raise UserError(f"model '{name}' is unknown{nearest(name, MODEL_NAMES, NAMES_IN_SHORT)}")
     system, size, patch = _split_name(name)
     fields = {**COMMON_FIELDS, **SIZES[size], "patch_size": patch, **SYSTEM_FIELDS[system]}
+    if name.endswith("_v2"):
+        fields |= V2_FIELDS
     if overrides.get("num_classes") == 1:  # one class: nothing to guide towards
         fields["class_dropout_prob"] = 0.0
     for key, value in overrides.items():
@@ -73,8 +101,13 @@ def build_model(name: str, **overrides: Any) -> DiT:
     return model_class(**model_fields(name, **overrides))
 
 
+def system_of(name: str) -> str:
+    """``"Switch-DiT"`` of ``"Switch-DiT-S/2"``."""
+    return _split_name(name)[0]
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Parameters in total, and those active for a given timestep: all but M - k experts of every block.
+    """Parameters in total, and those active for a timestep (Diff-MoE: a token): all but M - k experts a block.
 
     Fixed positions count, as they do in the published figures. With ``ep_size > 1`` experts of all ranks count.
     """
@@ -91,10 +124,14 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _split_name(name: str) -> tuple[str, str, int]:
     stem, patch = name.split("/")
     system, size = stem.rsplit("-", 1)
-    return system, size, int(patch)
+    return system, size, int(patch.removesuffix("_v2"))
 
 
 def _same_type(key: str, value: Any, like: Any) -> Any:
+    if key in CHOICES:
+        if value not in CHOICES[key]:
+            raise UserError(f"model field '{key}' must be one of {', '.join(CHOICES[key])}, not {value!r}")
+        return value
     if isinstance(like, bool):
         valid = isinstance(value, bool)
     elif isinstance(like, int):
@@ -118,7 +155,21 @@ def _check(f: dict[str, Any]) -> None:
         raise UserError(f"hidden_size ({f['hidden_size']}) must be divisible by 4, for 2-D sine and cosine positions")
     if "num_experts" in f:
         check_mixture(f["num_experts"], f["top_k"], f["ep_size"])
+    if "num_shared_experts" in f:
+        if f["num_shared_experts"] < 1:
+            raise UserError(f"model field 'num_shared_experts' must be at least 1, not {f['num_shared_experts']}")
+        if f["hidden_size"] % (4 * f["num_heads"]):
+            raise UserError(
+                f"hidden_size ({f['hidden_size']}) must be divisible by 4 num_heads ({4 * f['num_heads']}), for 2-D "
+                "rotary positions"
+            )
     if not 0 < f["mlp_ratio"] * f["hidden_size"] < 2**31:
         raise UserError(f"mlp_ratio ({f['mlp_ratio']}) must be a number above 0")
+    if f.get("num_denoisers", 1) < 1:
+        raise UserError(f"model field 'num_denoisers' must be at least 1, not {f['num_denoisers']}")
+    if "beta" in f and not 1 <= int(f["hidden_size"] * f["beta"]) <= f["hidden_size"]:
+        raise UserError(f"beta ({f['beta']}) must lie between 1 / hidden_size and 1: the share of channels in use")
+    if f.get("alpha", 1) <= 0:
+        raise UserError(f"alpha ({f['alpha']}) must be above 0")
     if not 0 <= f["class_dropout_prob"] <= 1:
         raise UserError(f"class_dropout_prob ({f['class_dropout_prob']}) must lie between 0 and 1")

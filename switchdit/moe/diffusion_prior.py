@@ -29,6 +29,8 @@ def prior_mask(
     Args:
         variant: ``"code"``: the authors' table, B*k ones in each row, from which the published numbers come.
             ``"paper"``: Eq. 7 to the letter, which has B*k + 1 ones in some rows (12 of 1000 for B=12, M=3, k=2).
+            ``"random"``: B*k columns drawn for every timestep for itself, the same in every run: the ablation in
+            which neighbours have nothing in common.
     """
     start_of_last = num_blocks * (num_experts - top_k)
     width = num_blocks * top_k
@@ -41,8 +43,11 @@ def prior_mask(
         t = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
         start = torch.round(start_of_last * ((t - 1) / num_timesteps) ** ALPHA).long()
         end = torch.round(start_of_last * (t / num_timesteps) ** ALPHA).long() + width
+    elif variant == "random":
+        draw = random_stream(0, "random prior", num_timesteps).random((num_timesteps, len(column)))
+        return torch.from_numpy((draw.argsort(axis=1).argsort(axis=1) < width).astype(np.float32))
     else:
-        raise UserError(f"prior variant '{variant}' is unknown; valid are: code, paper")
+        raise UserError(f"prior variant '{variant}' is unknown; valid are: code, paper, random")
     return ((column >= start[:, None]) & (column < end[:, None])).float()
 
 
@@ -83,10 +88,11 @@ def diffusion_prior_loss(probs: Tensor, t: Tensor, prior: Tensor, assignment: Te
         num_blocks: B; the probabilities of a sample sum to it.
 
     Returns:
-        Scalar float32: mean over samples of half the sum of the two Kullback-Leibler terms.
+        Scalar float32 (float64 for float64 probabilities): mean over samples of half the sum of the two
+        Kullback-Leibler terms.
     """
-    p = probs.float() / num_blocks
-    q = prior[t][:, assignment]
+    p = probs.to(torch.promote_types(probs.dtype, torch.float32)) / num_blocks
+    q = prior[t][:, assignment].to(p.dtype)
     q = q / q.sum(-1, keepdim=True)
     log_middle = ((p + q) / 2 + EPSILON).log()
     kl_p = (p * ((p + EPSILON).log() - log_middle)).sum(-1)

@@ -9,28 +9,25 @@ per rank, all unmodified. What differs from the stock layer: the gate sees the t
 whole samples travel, with uneven all-to-all splits; nothing has a capacity, nothing is dropped or padded, and the
 raw top-k probabilities weigh the outputs.
 
-This file and engine/ are the only places that import deepspeed.
+This file, token_layer.py and engine/ are the only places that import deepspeed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 from deepspeed import comm as dist
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
 
 from switchdit.errors import UserError
 from switchdit.kernels.expert_mix import linear_mixture
@@ -54,17 +51,24 @@ class _AllToAllRows(torch.autograd.Function):
 
 
 class TimestepGate(TopKGate):
-    """DeepSpeed's gate, fed with timestep embeddings."""
+    """DeepSpeed's gate, fed with timestep embeddings; with ``noisy``, logits are noisy in training mode."""
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int):
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, noisy: bool = False):
         super().__init__(hidden_size, num_experts, top_k, drop_tokens=False, use_rts=False)
         self.wg = nn.Linear(hidden_size, num_experts, bias=True)
+        self.wg_noise = nn.Linear(hidden_size, num_experts, bias=False) if noisy else None
 
     def _set_ep_group(self, ep_group) -> None:
         self.ep_group = ep_group  # the stock gate refuses a second call, but an engine may be made anew
 
-    def forward(self, e_t: Tensor) -> tuple[Tensor, Tensor]:  # (N, D) -> probs (N, M), gates (N, M)
-        probs = gate_probs(e_t, self.wg.weight, self.wg.bias)
+    def forward(self, e_t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, D) -> probs (N, M), gates (N, M). ``noise``: (N, M) standard normal; drawn here if not given."""
+        if self.wg_noise is None or not self.training:
+            probs = gate_probs(e_t, self.wg.weight, self.wg.bias)
+        else:
+            if noise is None:
+                noise = torch.randn(len(e_t), self.wg.out_features, device=e_t.device)
+            probs = gate_probs(e_t, self.wg.weight, self.wg.bias, self.wg_noise.weight, noise)
         return probs, top_k_gates(probs, self.k)
 
     @torch.no_grad()
@@ -124,21 +128,29 @@ def check_mixture(num_experts: int, top_k: int, ep_size: int) -> None:
         raise UserError(f"num_experts ({num_experts}) must be divisible by ep_size ({ep_size})")
 
 
-class TimestepMoE(MoE):
-    """Mixture of linear experts chosen by the timestep (Switch-DiT, Sec. 4.1).
+class RoutedMoE(MoE):
+    """DeepSpeed's MoE with another gate, another dispatch and other experts: what the layers of this package share.
 
     Args:
-        hidden_size: D, width of tokens and of the timestep embedding.
-        num_experts: M.
-        top_k: k, experts per sample.
+        gate: its weight ``wg.weight`` (M, D) and its ``k`` tell the sizes.
+        expert: what every expert of this rank starts as a copy of.
         ep_size: expert-parallel ranks; must divide M. Above 1, torch.distributed must be initialised first.
+        layer_class, experts_class: the dispatch, and what applies the experts of this rank.
 
     Raises:
         UserError: if the numbers do not fit each other.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int = 3, top_k: int = 2, ep_size: int = 1):
-        check_mixture(num_experts, top_k, ep_size)
+    def __init__(
+        self,
+        gate: TopKGate,
+        expert: nn.Module,
+        ep_size: int,
+        layer_class: type[MOELayer],
+        experts_class: type[Experts],
+    ):
+        num_experts, hidden_size = gate.wg.weight.shape
+        check_mixture(num_experts, gate.k, ep_size)
         if ep_size > 1 and not dist.is_initialized():
             raise UserError(f"ep_size ({ep_size}) needs {ep_size} processes or a multiple; this is a single one")
         if ep_size > 1 and dist.get_world_size() % ep_size:
@@ -146,28 +158,29 @@ class TimestepMoE(MoE):
                 f"the number of processes ({dist.get_world_size()}) must be divisible by ep_size ({ep_size})"
             )
         with _silent_deepspeed():
-            super().__init__(
-                hidden_size, LinearExpert(hidden_size), num_experts, ep_size, top_k, drop_tokens=False, use_rts=False
-            )
+            super().__init__(hidden_size, expert, num_experts, ep_size, gate.k, drop_tokens=False, use_rts=False)
         experts = self.deepspeed_moe.experts
-        experts.__class__ = SampleExperts  # same parameters; DeepSpeed has marked them already
-        self.deepspeed_moe = SampleMOELayer(
-            TimestepGate(hidden_size, num_experts, top_k),
-            experts,
-            self.expert_group_name,
-            self.ep_size,
-            self.num_local_experts,
-        )
+        experts.__class__ = experts_class  # same parameters; DeepSpeed has marked them already
+        layer = layer_class(gate, experts, self.expert_group_name, self.ep_size, self.num_local_experts)
+        self.deepspeed_moe = layer
         self.ep_rank = dist.get_rank() % ep_size if ep_size > 1 else 0
 
     @property
-    def gate(self) -> TimestepGate:
+    def gate(self) -> TopKGate:
         return self.deepspeed_moe.gate
 
     @property
     def local_experts(self) -> range:
         """Global ids of the experts that live on this rank."""
         return range(self.ep_rank * self.num_local_experts, (self.ep_rank + 1) * self.num_local_experts)
+
+    @torch.no_grad()
+    def initialize_experts(self, initialize: Callable[[nn.Module], object]) -> None:
+        """Draw the weights of all M experts in order, and keep those of this rank: the same for every ``ep_size``."""
+        local = self.deepspeed_moe.experts.deepspeed_experts
+        elsewhere = copy.deepcopy(local[0])
+        for j in range(self.num_experts):
+            initialize(local[j - self.local_experts.start] if j in self.local_experts else elsewhere)
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         if use_data_before_expert_parallel_:
@@ -178,6 +191,25 @@ class TimestepMoE(MoE):
         rank = groups._get_expert_parallel_rank(self.expert_group_name)
         if self.ep_size > 1 and rank != self.ep_rank:
             raise RuntimeError(f"built as expert-parallel rank {self.ep_rank}, but DeepSpeed's group says {rank}")
+
+
+class TimestepMoE(RoutedMoE):
+    """Mixture of linear experts chosen by the timestep (Switch-DiT, Sec. 4.1).
+
+    Args:
+        hidden_size: D, width of tokens and of the timestep embedding.
+        num_experts: M.
+        top_k: k, experts per sample.
+        ep_size: expert-parallel ranks; must divide M. Above 1, torch.distributed must be initialised first.
+        noisy: noisy top-k gating.
+
+    Raises:
+        UserError: if the numbers do not fit each other.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int = 3, top_k: int = 2, ep_size: int = 1, noisy: bool = False):
+        gate = TimestepGate(hidden_size, num_experts, top_k, noisy)
+        super().__init__(gate, LinearExpert(hidden_size), ep_size, SampleMOELayer, SampleExperts)
 
     def forward(self, z: Tensor, e_t: Tensor, route: Route | None = None) -> tuple[Tensor, Tensor]:
         """Mixture of the experts that the timestep chooses.
@@ -194,13 +226,16 @@ class TimestepMoE(MoE):
         return self.deepspeed_moe(z, route), route.probs
 
 
-def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor) -> list[Route]:
+def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor, gate_noise: Tensor | None = None) -> list[Route]:
     """Gate all layers, and tell the ranks what they will get from each other: (N, D) -> a `Route` per layer.
+
+    ``gate_noise``: (N, B*M) standard normal for noisy gates, the layers' side by side.
 
     Routes depend on timesteps alone, so two exchanges at the start of a forward pass serve all layers: how many samples
     go where, and their gates. This is also the only place where the host waits for the device.
     """
-    gated = [layer.gate(e_t) for layer in layers]
+    noises = [None] * len(layers) if gate_noise is None else gate_noise.chunk(len(layers), dim=1)
+    gated = [layer.gate(e_t, noise) for layer, noise in zip(layers, noises, strict=True)]
     if layers[0].ep_size == 1:
         return [Route(probs, gates) for probs, gates in gated]
     return _exchange(gated, layers[0].deepspeed_moe)

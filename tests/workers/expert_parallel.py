@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_grad
 from switchdit import build_model
 from switchdit.engine.ema import Ema
 from switchdit.engine.engine import build_engine, grad_norm, init_processes, leave
-from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict
+from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict, local_view
 from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
 
 FIELDS = {
@@ -37,13 +37,15 @@ CASES = {
     "clip": (2, "SGD", 0.05, 2, "mixed"),
     "zero1": (1, "SGD", 0.05, 1, "idle"),
     "zero0": (0, "SGD", 0.0, 2, "mixed"),
+    "noisy": (2, "AdamW", 0.0, 1, "mixed"),
 }
+MODEL = {"noisy": {"gate": "noisy", "integration": "multiply_skip"}}  # fields of a case's model beyond FIELDS
 
 
-def initial_weights(gates: str) -> dict[str, torch.Tensor]:
+def initial_weights(gates: str, fields: dict) -> dict[str, torch.Tensor]:
     """The same whatever the topology, with nothing at zero; ``gates`` steers who is chosen."""
     rng = torch.Generator().manual_seed(7)
-    weights = build_model("Switch-DiT-S/2", **FIELDS).state_dict()
+    weights = build_model("Switch-DiT-S/2", **fields).state_dict()
     for name, value in weights.items():
         if name != "pos_embed":
             value.copy_(0.1 * torch.randn(value.shape, generator=rng))
@@ -59,8 +61,9 @@ def initial_weights(gates: str) -> dict[str, torch.Tensor]:
 
 def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
     stage, optimizer, clip, accumulation, gates = CASES[case]
-    model = build_model("Switch-DiT-S/2", **FIELDS, ep_size=ep_size)
-    load_global_state_dict(model, initial_weights(gates))
+    fields = {**FIELDS, **MODEL.get(case, {})}
+    model = build_model("Switch-DiT-S/2", **fields, ep_size=ep_size)
+    load_global_state_dict(model, initial_weights(gates, fields))
     model.class_dropout_prob = 0.0
     micro_batch = GLOBAL_BATCH // (processes.world_size * accumulation)
     params = {"lr": 1e-4, "weight_decay": 0.0, "torch_adam": True} if optimizer == "AdamW" else {"lr": 0.3}
@@ -87,12 +90,14 @@ def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
         target = torch.randn(GLOBAL_BATCH, 8, 8, 8, generator=rng)
         t = torch.randint(0, 1000, (GLOBAL_BATCH,), generator=rng)
         y = torch.randint(0, 3, (GLOBAL_BATCH,), generator=rng)
+        noise = torch.randn(GLOBAL_BATCH, model.num_gates, generator=rng) if model.gate == "noisy" else None
         assignment = match_columns(model.task_expert_map(), prior, 0, step)
         loss_of_step = 0.0
         for micro_step in range(accumulation):
             at = (micro_step * processes.world_size + processes.rank) * micro_batch
             mine = slice(at, at + micro_batch)
-            out, routing = engine(x[mine], t[mine], y[mine], return_routing=True)
+            options = {} if noise is None else {"gate_noise": noise[mine]}
+            out, routing = engine(x[mine], t[mine], y[mine], return_routing=True, **options)
             aux = diffusion_prior_loss(routing.probs, t[mine], prior, assignment, len(model.blocks))
             loss = (out - target[mine]).square().mean() + aux
             engine.backward(loss)
@@ -113,9 +118,22 @@ def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
     return out
 
 
+def check_initialisation(ep_size: int) -> None:
+    """A seed gives the same experts on whatever rank they live."""
+    fields = {**FIELDS, **MODEL["noisy"]}
+    torch.manual_seed(3)
+    whole = build_model("Switch-DiT-S/2", **fields).state_dict()
+    torch.manual_seed(3)
+    model = build_model("Switch-DiT-S/2", **fields, ep_size=ep_size)
+    mine = local_view(model, whole)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, mine[name]), name
+
+
 def main():
     ep_size, path = int(sys.argv[-2]), sys.argv[-1]
     processes = init_processes()
+    check_initialisation(ep_size)
     results = {}
     for case in CASES:
         results |= run(case, ep_size, processes)
