@@ -13,6 +13,15 @@ import yaml
 
 from switchdit.errors import UserError, nearest
 
+PROCESSES = ("gaussian", "rectified_flow")
+SAMPLERS = {"gaussian": ("ddpm", "ddim"), "rectified_flow": ("euler",)}
+AUXILIARIES = ("none", "load_balancing", "diffusion_prior")
+WEIGHTINGS = ("constant", "min_snr", "p2", "uncertainty")
+
+
+def _one_of(name: str, value: Any, valid: typing.Sequence[str]) -> None:
+    _require(value in valid, name, value, " or ".join(valid))
+
 
 def _require(condition: bool, name: str, value: Any, valid: str) -> None:
     if not condition:
@@ -34,22 +43,51 @@ class DataConfig:
 
 @dataclass
 class DiffusionConfig:
+    """process: gaussian (with ``schedule``) or rectified_flow (with the other two).
+
+    time_distribution: how a time from 0 to 1 is drawn. time_scale: what it is multiplied with before the model is told;
+    1 for weights of Diff-MoE's authors.
+    """
+
+    process: str = "gaussian"
     schedule: str = "cosine"
+    time_distribution: str = "logit_normal"
+    time_scale: float = 1000.0
 
     def __post_init__(self):
-        _require(self.schedule in ("cosine", "linear"), "diffusion.schedule", self.schedule, "cosine or linear")
+        _one_of("diffusion.process", self.process, PROCESSES)
+        _one_of("diffusion.schedule", self.schedule, ("cosine", "linear"))
+        _one_of("diffusion.time_distribution", self.time_distribution, ("logit_normal", "uniform"))
+        _require(self.time_scale > 0, "diffusion.time_scale", self.time_scale, "above 0")
 
 
 @dataclass
 class LossConfig:
-    """lambda_dp: weight of the diffusion prior loss (ignored by models without experts); prior: which target table."""
+    """What is minimised: ``weighting`` of the denoising loss, and an auxiliary loss of the gates.
 
+    auxiliary: null for the system's own (Switch-DiT: diffusion_prior; Diff-MoE: load_balancing; others: none).
+    lambda_dp, lambda_lb: weights of diffusion prior and load balancing. prior: which target table.
+    """
+
+    auxiliary: str | None = None
     lambda_dp: float = 1.0
+    lambda_lb: float = 0.01
     prior: str = "code"
+    weighting: str = "constant"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    p2_k: float = 1.0
+    uncertainty_lr: float = 0.025
 
     def __post_init__(self):
-        _require(self.lambda_dp >= 0, "loss.lambda_dp", self.lambda_dp, "at least 0")
-        _require(self.prior in ("code", "paper"), "loss.prior", self.prior, "code or paper")
+        if self.auxiliary is not None:
+            _one_of("loss.auxiliary", self.auxiliary, AUXILIARIES)
+        for name in ("lambda_dp", "lambda_lb", "p2_gamma", "uncertainty_lr"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "at least 0")
+        for name in ("min_snr_gamma", "p2_k"):
+            _require(getattr(self, name) > 0, f"loss.{name}", getattr(self, name), "above 0")
+        _one_of("loss.prior", self.prior, ("code", "paper", "random"))
+        _one_of("loss.weighting", self.weighting, WEIGHTINGS)
 
 
 @dataclass
@@ -111,18 +149,27 @@ class MonitorConfig:
 
 @dataclass
 class SampleConfig:
-    """guided_channels: latent channels under guidance, null for all (Switch-DiT), 3 for DiT's published numbers."""
+    """guided_channels: latent channels under guidance, null for all (Switch-DiT, DTR), 3 for DiT's published numbers.
+
+    guidance_interval: first and last timestep with guidance, null for all. dtype: of the model's arithmetic.
+    """
 
     cfg_scale: float = 1.5
     guided_channels: int | None = None
+    guidance_interval: list[float] | None = None
     num_steps: int = 250
     sampler: str = "ddpm"
     eta: float = 0.0
+    dtype: str = "float32"
 
     def __post_init__(self):
         _require(self.cfg_scale >= 0, "sample.cfg_scale", self.cfg_scale, "at least 0")
         _require(self.num_steps >= 1, "sample.num_steps", self.num_steps, "at least 1")
-        _require(self.sampler in ("ddpm", "ddim"), "sample.sampler", self.sampler, "ddpm or ddim")
+        _one_of("sample.sampler", self.sampler, [s for samplers in SAMPLERS.values() for s in samplers])
+        _one_of("sample.dtype", self.dtype, ("float32", "bfloat16"))
+        if (interval := self.guidance_interval) is not None:
+            ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1]
+            _require(ordered, "sample.guidance_interval", interval, "two timesteps in order, or null")
         _require(0 <= self.eta <= 1, "sample.eta", self.eta, "from 0 to 1 (of DDIM; 0 is deterministic)")
         channels = self.guided_channels
         _require(channels is None or channels >= 1, "sample.guided_channels", channels, "at least 1, or null for all")
@@ -146,6 +193,13 @@ class Config:
             isinstance(self.model.get("name"), str), "model.name", self.model.get("name"), "a name: Switch-DiT-S/2"
         )
         _require(all(isinstance(key, str) for key in self.model), "model", self.model, "a section of named fields")
+        process = self.diffusion.process
+        valid = SAMPLERS[process]
+        _require(
+            self.sample.sampler in valid, "sample.sampler", self.sample.sampler, f"{' or '.join(valid)} ({process})"
+        )
+        if process == "rectified_flow":
+            _require(self.loss.weighting == "constant", "loss.weighting", self.loss.weighting, f"constant ({process})")
 
     @property
     def model_name(self) -> str:
@@ -158,6 +212,8 @@ class Config:
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ``train.lr=3e-4`` (the value is YAML too).
+
+    ``base: OTHER.yaml`` in the file (relative to it) starts from that file's values instead of from the defaults.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest valid one), wrong type, or a value out of range.
@@ -174,7 +230,9 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise UserError(f"config file '{path}' is its own base")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -183,7 +241,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file '{path}' cannot be read: {' '.join(str(problem).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config file '{path}' must hold sections such as model: and train:")
-    return values
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    _require(isinstance(base, str), f"base of config file '{path}'", base, "the path of another YAML file")
+    return _merged(_read_yaml(path.parent / base, (*above, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` over ``base``, section by section."""
+    out = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        out[key] = _merged(base[key], value) if both else value
+    return out
 
 
 def _apply(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:

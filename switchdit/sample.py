@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from switchdit.config import config_from_dict
+from switchdit.config import DiffusionConfig, config_from_dict
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import atomic_write
 
@@ -30,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; .npz")
     parser.add_argument("--grid", help="picture with one row per class (default: beside --out, .png)")
     parser.add_argument("--num-samples", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process, on a GPU")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
     parser.add_argument("--vae", help="decoder, if it is not where the run's config says")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -57,10 +58,10 @@ def sample(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from switchdit.data.autoencoder import load_autoencoder
-    from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
     from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
     from switchdit.engine.engine import barrier, init_processes, leave
     from switchdit.engine.generate import balanced_labels, build_averaged_model, check_sampling, class_rows, generate
+    from switchdit.engine.objective import build_process
     from switchdit.progress import progress
 
     # Validate and load.
@@ -74,10 +75,17 @@ def sample(args: argparse.Namespace) -> None:
             f"autoencoder '{args.vae or config.data.vae}' is not the one whose latents the run was trained on: "
             f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"
         )
-    model = build_averaged_model(state["model"], read_ema(checkpoint), processes.device)
+    model = build_averaged_model(state["model"], read_ema(checkpoint), processes.device, config.sample.dtype)
     check_sampling(config.sample, model.in_channels, model.num_timesteps, model.null_label is not None)
-    diffusion = GaussianDiffusion(make_betas(state["diffusion"]["schedule"], model.num_timesteps))
+    process = build_process(DiffusionConfig(**state["diffusion"]), model.num_timesteps)
     labels = balanced_labels(args.num_samples, model.num_classes)
+
+    # On a CPU the last bits of an image depend on how many share a call with it and on the number of threads. There,
+    # images are made one by one on one thread, so that the same ones come from any number of processes.
+    batch_size = args.batch_size
+    if processes.device.type == "cpu":
+        batch_size = 1
+        torch.set_num_threads(1)
 
     # Sample: every process its share of the images, into one memory-mapped file.
     out = Path(args.out)
@@ -96,12 +104,12 @@ def sample(args: argparse.Namespace) -> None:
         barrier()
         images = np.lib.format.open_memmap(unfinished, mode="r+")
         mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
-        chunks = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+        chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         with progress(desc="sample", total=len(chunks) * config.sample.num_steps, unit="step") as bar:
             for chunk in chunks:
                 y = torch.from_numpy(labels[chunk])
                 options = (config.sample, args.seed, bar.update)
-                images[chunk] = generate(model, diffusion, autoencoder, y, chunk.tolist(), *options)
+                images[chunk] = generate(model, process, autoencoder, y, chunk.tolist(), *options)
         images.flush()
         barrier()
         if processes.is_first:
@@ -130,12 +138,13 @@ def allocate(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def write(out: Path, images: Path, labels: np.ndarray) -> None:
-    """ADM's format: the .npy file ``images`` as arr_0, ``labels`` as arr_1."""
+    """ADM's format: the .npy file ``images`` as arr_0, ``labels`` as arr_1; without the time, so that bytes repeat."""
     import numpy as np
 
     with atomic_write(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.write(images, "arr_0.npy")
-        with archive.open("arr_1.npy", "w") as member:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member, open(images, "rb") as source:
+            shutil.copyfileobj(source, member, 2**20)
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
             np.lib.format.write_array(member, labels)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
@@ -43,11 +44,10 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.data.latent_shards import MANIFEST
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
-    from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
-    from switchdit.diffusion.losses import noise_losses
     from switchdit.engine.checkpoint import load_checkpoint, save_checkpoint
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import (
+        add_over_processes,
         agree,
         barrier,
         build_engine,
@@ -59,10 +59,10 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     )
     from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
+    from switchdit.engine.objective import Objective, check_objective, time_distribution
     from switchdit.engine.run_directory import choose_checkpoint, write_run_files
     from switchdit.files import sha256_of
     from switchdit.models import build_model, model_fields, parameter_counts
-    from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
     from switchdit.progress import progress
 
     # Validate: everything that can be wrong is found before anything is written, and by all processes alike.
@@ -70,6 +70,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
 
     def validate() -> tuple:
         fields = model_fields(config.model_name, **config.model_overrides)
+        check_objective(config, fields["num_timesteps"])
         deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
         dataset = LatentDataset(config.data.latents)
         check_latents(dataset, config.data, fields)
@@ -85,13 +86,12 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     # Build.
     torch.manual_seed(config.train.seed)
     model = build_model(config.model_name, **config.model_overrides)
-    with_experts = hasattr(model, "task_expert_map")
-    diffusion = GaussianDiffusion(make_betas(config.diffusion.schedule, model.num_timesteps))
+    objective = Objective(config, model, processes.device)
     engine = build_engine(model, deepspeed_config)
     ema = Ema(engine, config.train.ema_decay)
     about = {
         "model": {"name": config.model_name, **{k: v for k, v in fields.items() if k != "ep_size"}},
-        "diffusion": {"schedule": config.diffusion.schedule},
+        "diffusion": asdict(config.diffusion),
         "vae_sha256": dataset.vae_sha256,
         "run": {
             "seed": config.train.seed,
@@ -99,15 +99,16 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             "latents": sha256_of(dataset.path / MANIFEST),
         },
     }
-    first_step, sums = load_checkpoint(checkpoint, engine, ema, about) if checkpoint else (0, None)
+    first_step, extra = load_checkpoint(checkpoint, engine, ema, about) if checkpoint else (0, None)
     run_dir = Path(config.run_dir)
     barrier()  # every process has read before the first one writes
     if processes.is_first:
         write_run_files(config, deepspeed_config, processes.world_size)
     barrier()
     monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, first_step)
-    if sums:
-        monitor.restore(sums)
+    if extra:
+        monitor.restore(extra["monitor"])
+        objective.restore(extra["objective"])
     batches = TrainingBatches(
         dataset,
         seed=config.train.seed,
@@ -118,15 +119,13 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         num_timesteps=model.num_timesteps,
         label_dropout=model.class_dropout_prob,
         horizontal_flip=config.data.horizontal_flip,
+        time_distribution=time_distribution(config),
+        gate_noise=model.num_gates if fields.get("gate") == "noisy" else 0,
     )
-    if with_experts:
-        prior = prior_mask(
-            len(model.blocks), model.num_experts, model.top_k, model.num_timesteps, config.loss.prior
-        ).to(processes.device)
     if processes.is_first:
         total, active = parameter_counts(model)
         print(
-            f"{config.model_name}: {total:,} parameters, {active:,} active at a timestep; {len(dataset):,} images; "
+            f"{config.model_name}: {total:,} parameters, {active:,} active; {len(dataset):,} images; "
             f"{processes.world_size} processes on {processes.device.type}, ep_size {fields.get('ep_size', 1)}; "
             f"global batch {config.train.global_batch} = {batches.micro_batch} x {batches.accumulation} x "
             f"{processes.world_size}; steps {first_step} to {config.train.steps}",
@@ -144,27 +143,14 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         set_optimizer(
             engine, lr=lr, betas=config.train.betas, eps=config.train.eps, weight_decay=config.train.weight_decay
         )
-        if with_experts:
-            task_expert_map = model.task_expert_map()
-            assignment = match_columns(task_expert_map, prior, config.train.seed, step)
-
+        objective.start_step(step)
         for _ in range(config.train.gradient_accumulation_steps):
             batch = next(stream).to(processes.device)
-            x_t = diffusion.q_sample(batch.x0, batch.t, batch.noise)
-            if with_experts:
-                out, routing = engine(x_t, batch.t, batch.y, drop_label=batch.drop_label, return_routing=True)
-                prior_loss = diffusion_prior_loss(
-                    routing.probs, batch.t, prior, assignment.to(x_t.device), len(model.blocks)
-                )
-            else:
-                out = engine(x_t, batch.t, batch.y, drop_label=batch.drop_label)
-                prior_loss = x_t.new_zeros(())
-            noise = noise_losses(diffusion, out, batch.x0, x_t, batch.t, batch.noise)
-            mse, vlb = noise["mse"].mean(), noise["vlb"].mean()
-            total = mse + vlb + config.loss.lambda_dp * prior_loss
-            engine.backward(total)
+            losses = objective(engine, batch)
+            engine.backward(losses.total)
             engine.step()
-            monitor.add({"total": total, "mse": mse, "vlb": vlb, "prior": prior_loss}, noise["mse"], batch.t)
+            monitor.add(losses.terms, losses.mse, losses.timestep)
+        objective.finish_step(add_over_processes)
         ema.update()
 
         # Report and save.
@@ -172,15 +158,16 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         last = done == config.train.steps
         if done % config.monitor.log_every == 0 or last:
             monitor.log(done, config.train.steps, lr, grad_norm(engine))
-        if due(config.monitor.routing_every, done, last) and with_experts:
-            monitor.log_routing(done, task_expert_map, prior, assignment)
+        if due(config.monitor.routing_every, done, last) and objective.prior is not None:
+            monitor.log_routing(done, objective.task_expert_map, objective.prior, objective.assignment)
         if due(config.monitor.checkpoint_every, done, last):
-            state = (about, monitor.state(), config_to_dict(config))
-            save_checkpoint(run_dir / "checkpoints", engine, ema, done, *state)
+            extra = {"monitor": monitor.state(), "objective": objective.state(), "config": config_to_dict(config)}
+            save_checkpoint(run_dir / "checkpoints", engine, ema, done, about, extra)
         if due(config.monitor.sample_every, done, last):
             averaged = ema.state_dict()
             if processes.is_first:
-                monitor.log_samples(done, sample_grid(config, about["model"], averaged, diffusion, processes.device))
+                picture = sample_grid(config, about["model"], averaged, objective.process, processes.device)
+                monitor.log_samples(done, picture)
     monitor.close()
     if processes.is_first:
         print(f"trained {config.train.steps} steps; everything is in {run_dir}: checkpoints/ tensorboard/ log.jsonl")

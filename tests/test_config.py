@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from switchdit.config import Config, config_from_dict, config_to_dict, load_config
 from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
+from switchdit.engine.objective import auxiliary_of
 from switchdit.errors import UserError
 from switchdit.models import model_fields
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "switchdit/configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "switchdit/configs").rglob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 DIGITS = ROOT / "switchdit/configs/digits.yaml"
 
@@ -32,11 +33,12 @@ def minimal(**train) -> dict:
 def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
     config = load_config(path)
     model_fields(config.model_name, **config.model_overrides)
+    auxiliary_of(config)
     head = path.read_text().split("run_dir:")[0]
-    assert f"--config switchdit/configs/{path.name}" in head
+    assert f"--config {path.relative_to(ROOT)}" in head
     assert "Expected" in head or "expected" in head or "reproduced" in head
     for ds_config in DS_CONFIGS:
-        for world_size in (2, 8):
+        for world_size in (8, 16):
             resolved = resolve_deepspeed_config(ds_config, config, world_size, on_gpu=True)
             assert "auto" not in json.dumps(resolved)
             assert resolved["train_batch_size"] == config.train.global_batch
@@ -49,9 +51,40 @@ def test_a_config_survives_being_written_and_read(tmp_path):
     assert (config.train.lr, config.sample.guided_channels, config.model["depth"]) == (3e-4, 3, 2)
 
 
+def test_a_base_gives_what_the_file_does_not(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**minimal(lr=0.5, seed=3), "loss": {"lambda_dp": 2.0}}))
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {seed: 4}\nmodel: {top_k: 1}\n")
+    (tmp_path / "sub/c.yaml").write_text("base: ../b.yaml\nrun_dir: other\n")
+    config = load_config(tmp_path / "sub/c.yaml", ["loss.lambda_dp=3"])
+    assert (config.run_dir, config.train.lr, config.train.seed, config.loss.lambda_dp) == ("other", 0.5, 4, 3.0)
+    assert config.model == {"name": "Switch-DiT-S/2", "top_k": 1}
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("c.yaml", "is its own base"),
+        ("none.yaml", "none.yaml' does not exist"),
+        ("[1]", "is \\[1\\]; it must be the path"),
+    ],
+)
+def test_a_base_that_cannot_be(tmp_path, base, says):
+    (tmp_path / "c.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(UserError, match=says):
+        load_config(tmp_path / "c.yaml")
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["diffusion.process=flow"], "diffusion.process is 'flow'; it must be gaussian or rectified_flow"),
+        (["diffusion.process=rectified_flow"], "sample.sampler is 'ddpm'; it must be euler (rectified_flow)"),
+        (["sample.sampler=euler"], "sample.sampler is 'euler'; it must be ddpm or ddim (gaussian)"),
+        (["loss.weighting=snr"], "it must be constant or min_snr or p2 or uncertainty"),
+        (["loss.auxiliary=prior"], "it must be none or load_balancing or diffusion_prior"),
+        (["sample.guidance_interval=[500, 100]"], "it must be two timesteps in order, or null"),
+        (["sample.dtype=float16"], "it must be float32 or bfloat16"),
         (["train.step=3"], "config key 'train.step' is unknown; did you mean 'train.steps'?"),
         (["trian.steps=3"], "config key 'trian' is unknown; did you mean 'train'?"),
         (["lambda_dp=3"], "did you mean 'loss.lambda_dp'?"),
@@ -182,3 +215,15 @@ def test_learning_rate():
     assert [train.lr_at(step) for step in range(14, 20)] == pytest.approx([2.0, 2.0, 1.6, 1.2, 0.8, 0.4])
     constant = config_from_dict(minimal(lr=2.0)).train
     assert constant.lr_at(0) == constant.lr_at(10**6) == 2.0
+
+
+def test_auxiliary_losses_go_with_systems():
+    auxiliary = {
+        name: auxiliary_of(config_from_dict({**minimal(), "model": {"name": name}}))
+        for name in ("DiT-S/2", "DTR-S/2", "Switch-DiT-S/2", "Diff-MoE-S/2", "Multi-Expert-DiT-S/2")
+    }
+    assert list(auxiliary.values()) == ["none", "none", "diffusion_prior", "load_balancing", "none"]
+    with pytest.raises(UserError, match="for Diff-MoE it must be load_balancing or none"):
+        auxiliary_of(
+            config_from_dict({**minimal(), "model": {"name": "Diff-MoE-S/2"}, "loss": {"auxiliary": "diffusion_prior"}})
+        )

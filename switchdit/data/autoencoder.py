@@ -6,6 +6,7 @@ Latents lie UNscaled in files and come out of `Autoencoder.encode` unscaled; a m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
+PIXELS = "pixels"  # the name of `PixelAutoencoder`
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -36,11 +38,15 @@ class Autoencoder:
     SHA-256 is, wherever they lie. scale_factor: diffusers' ``scaling_factor``. downsampling: pixels per latent cell.
     """
 
-    model: AutoencoderKL
+    model: AutoencoderKL | None
     identity: dict[str, str]
     scale_factor: float
     latent_channels: int
     downsampling: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of square images; `UserError` when ``image_size`` is not divisible."""
@@ -69,8 +75,30 @@ class Autoencoder:
         do; so 255 levels turned into ``v / 127.5 - 1`` come back as they were.
         """
         unscaled = latents.to(self.model.device, torch.float32) / self.scale_factor
-        images = self.model.decode(unscaled.to(self.model.dtype)).sample.float()
-        return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return _to_levels(self.model.decode(unscaled.to(self.model.dtype)).sample.float())
+
+
+class PixelAutoencoder(Autoencoder):
+    """No autoencoder: images are their own latents, 3 channels from -1 to 1. For small images; ``vae: pixels``."""
+
+    device = torch.device("cpu")  # nothing is computed
+
+    def __init__(self):
+        identity = {"name": PIXELS, "sha256": hashlib.sha256(PIXELS.encode()).hexdigest()}
+        super().__init__(model=None, identity=identity, scale_factor=1.0, latent_channels=3, downsampling=1)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) -> themselves and a standard deviation of zero, float32."""
+        return images.float(), torch.zeros_like(images, dtype=torch.float32)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> images (N, H, W, 3), uint8."""
+        return _to_levels(latents.float())
+
+
+def _to_levels(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def load_autoencoder(
@@ -78,10 +106,12 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load an `AutoencoderKL` in diffusers' format from a folder, or from the hub by a name ``owner/model``.
 
-    Only safetensors is read, never a pickle. Raises `UserError` with one line that says what to do when the folder
-    or the network is missing, or when what lies there is not a complete AutoencoderKL.
+    ``"pixels"`` is `PixelAutoencoder`. Only safetensors is read, never a pickle. Raises `UserError` with one line that
+    says what to do when the folder or the network is missing, or when what lies there is not a complete AutoencoderKL.
     """
     name = str(path_or_name)
+    if name == PIXELS and not Path(name).exists():
+        return PixelAutoencoder()
     folder = Path(name) if Path(name).is_dir() else _fetch(name)
     _check_folder(name, folder)
     model = _load_model(name, folder, dtype)

@@ -106,15 +106,14 @@ def save_checkpoint(
     ema: Ema,
     step: int,
     about: dict[str, Any],
-    monitor: list[list[float]],
-    config: dict[str, Any],
+    extra: dict[str, Any],
 ) -> Path:
     """Write the state after ``step`` optimizer steps; collective.
 
     Args:
         about: what the run is, e.g. model name and fields; it must be the same on resume.
-        monitor: `Monitor.state`.
-        config: of the run; what sampling takes its settings from.
+        extra: what `load_checkpoint` gives back (``monitor``, ``objective``), and ``config``, from which sampling takes
+            its settings. JSON.
 
     Returns:
         The checkpoint's folder.
@@ -129,7 +128,7 @@ def save_checkpoint(
             with atomic_write(partial / "ema.safetensors") as file:
                 file.write(save(averaged))
             state = {"format_version": FORMAT_VERSION, "step": step, "topology": _topology(engine), **about}
-            write_json(partial / "state.json", {**state, "monitor": monitor, "config": config})
+            write_json(partial / "state.json", {**state, **extra})
         dist.barrier()
     except OSError:
         time.sleep(1)  # the other processes come to a barrier, where they wait for this one
@@ -145,10 +144,8 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[str, Any]
-) -> tuple[int, list[list[float]]]:
-    """Continue from ``path``; collective. Returns the number of steps done and `Monitor.state`.
+def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Continue from ``path``; collective. Returns the number of steps done and what ``state.json`` holds.
 
     Raises:
         UserError: if the checkpoint is of another model, or of another topology (number of processes, ep_size, ZeRO
@@ -164,7 +161,7 @@ def load_checkpoint(
         )
     engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
     ema.load_state_dict(read_ema(path))
-    return state["step"], state["monitor"]
+    return state["step"], state
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:

@@ -15,23 +15,27 @@ from torch import Tensor
 from switchdit.config import Config, SampleConfig
 from switchdit.data.autoencoder import Autoencoder, load_autoencoder
 from switchdit.diffusion.gaussian import GaussianDiffusion
-from switchdit.diffusion.samplers import PerImageNoise, ddim_steps, ddpm_steps, guided
+from switchdit.diffusion.rectified_flow import RectifiedFlow
+from switchdit.diffusion.samplers import PerImageNoise, ddim_steps, ddpm_steps, euler_steps, guided
 from switchdit.engine.global_state import load_global_state_dict
 from switchdit.errors import UserError
 from switchdit.models import build_model
 from switchdit.models.dit import DiT
 
 
-def build_averaged_model(model: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> DiT:
+def build_averaged_model(
+    model: dict[str, Any], weights: dict[str, Tensor], device: torch.device, dtype: str = "float32"
+) -> DiT:
     """The model of a checkpoint's ``state.json`` on one device, all experts local, in evaluation mode.
 
     Args:
         model: ``name`` and fields.
         weights: experts under global ids, as `Ema.state_dict` returns them.
+        dtype: ``"float32"`` or ``"bfloat16"``.
     """
     built = build_model(**model)
     load_global_state_dict(built, weights, "the averaged weights")
-    return built.to(device).eval().requires_grad_(False)
+    return built.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
 
 
 def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, has_null_label: bool) -> None:
@@ -43,6 +47,10 @@ def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, 
         )
     if (options.guided_channels or 1) > in_channels:
         raise UserError(f"sample.guided_channels is {options.guided_channels}, but latents have {in_channels} channels")
+    if options.guidance_interval and options.guidance_interval[1] > num_timesteps:
+        raise UserError(
+            f"sample.guidance_interval is {options.guidance_interval}, but the model has {num_timesteps} timesteps"
+        )
     if options.num_steps > num_timesteps:
         raise UserError(f"sample.num_steps is {options.num_steps}, but the model has {num_timesteps} timesteps")
 
@@ -50,7 +58,7 @@ def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, 
 @torch.no_grad()
 def generate(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    process: GaussianDiffusion | RectifiedFlow,
     autoencoder: Autoencoder,
     labels: Tensor,
     indices: list[int],
@@ -61,23 +69,29 @@ def generate(
     """Sample and decode.
 
     Args:
-        diffusion: the full schedule; it is respaced to ``options.num_steps``.
+        process: with its full schedule, which is respaced to ``options.num_steps``.
         labels: (N,) int64; indices: which images of the whole set these are: image i depends on (seed, i) alone.
         tick: called after every sampling step.
 
     Returns:
         (N, H, W, 3) uint8.
     """
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     shape = (model.in_channels, model.input_size, model.input_size)
     noise = PerImageNoise(seed, indices, shape, device)
-    denoise = guided(model, labels.to(device), model.null_label, options.cfg_scale, options.guided_channels)
-    respaced = diffusion.respaced(options.num_steps)
+    flow = isinstance(process, RectifiedFlow)
+    interval = options.guidance_interval
+    if interval and flow:  # from timesteps to what the model is told
+        interval = [process.model_time(t / process.num_timesteps) for t in interval]
+    guidance = (options.cfg_scale, options.guided_channels, interval)
+    denoise = guided(model, labels.to(device), model.null_label, *guidance)
     start = noise()
-    if options.sampler == "ddim":
-        steps = ddim_steps(denoise, respaced, start, noise, eta=options.eta)
+    if flow:
+        steps = euler_steps(denoise, process, start, options.num_steps)
+    elif options.sampler == "ddim":
+        steps = ddim_steps(denoise, process.respaced(options.num_steps), start, noise, eta=options.eta)
     else:
-        steps = ddpm_steps(denoise, respaced, start, noise)
+        steps = ddpm_steps(denoise, process.respaced(options.num_steps), start, noise)
     latents = start
     for step in steps:
         latents = step.x
@@ -113,15 +127,15 @@ def sample_grid(
     config: Config,
     model: dict[str, Any],
     weights: dict[str, Tensor],
-    diffusion: GaussianDiffusion,
+    process: GaussianDiffusion | RectifiedFlow,
     device: torch.device,
 ) -> np.ndarray:
     """The picture that monitors show: four images of each of the first ``monitor.sample_classes`` classes."""
-    averaged = build_averaged_model(model, weights, device)
+    averaged = build_averaged_model(model, weights, device, config.sample.dtype)
     labels = np.repeat(np.arange(min(averaged.num_classes, max(1, config.monitor.sample_classes))), 4)
     images = generate(
         averaged,
-        diffusion,
+        process,
         load_autoencoder(config.data.vae, device),
         torch.from_numpy(labels),
         list(range(len(labels))),

@@ -1,6 +1,6 @@
 """What a run tells about itself: TensorBoard, ``log.jsonl`` and a line on the terminal. The only writer of TensorBoard.
 
-Scalars: loss/{total,mse,vlb,prior}, loss_by_timestep/NNN-NNN (mse), train/{lr,grad_norm,images_per_second}.
+Scalars: loss/{total,mse,vlb,prior,balance}, loss_by_timestep/NNN-NNN (mse), train/{lr,grad_norm,images_per_second}.
 Images: samples/ema (one row per class), routing/task_expert_map (gates left, matched prior right; paper, Fig. 6).
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from switchdit.engine.engine import Processes
+from switchdit.engine.objective import TERMS
 from switchdit.files import atomic_write
 from switchdit.progress import say
 
-TERMS = ("total", "mse", "vlb", "prior")
 NUM_BINS = 10
 
 
@@ -83,7 +83,7 @@ class Monitor:
                 self.writer.add_scalar(name, value, step)
             self.log_file.write(json.dumps({"step": step, **scalars}) + "\n")
             self.log_file.flush()
-            losses = "  ".join(f"{name} {scalars['loss/' + name]:.4f}" for name in TERMS)
+            losses = "  ".join(f"{name} {scalars['loss/' + name]:.4f}" for name in TERMS if scalars["loss/" + name])
             norm = "" if grad_norm is None else f"  grad {grad_norm:.3f}"
             say(f"step {step}/{num_steps}  loss: {losses}{norm}  lr {lr:.2e}  {rate:.0f} images/s")
         self._restart(step)

@@ -1,0 +1,126 @@
+"""Sampling programs: the set of images is a function of (checkpoint, seed, options), not of how the work is cut."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from launching import ROOT, environment, launched
+from PIL import Image
+
+NUM_IMAGES, SIZE = 10, 8
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """Three classes of coloured noise, 8x8 pixels, as their own latents."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(([220, 60, 60], [60, 220, 60], [60, 60, 220])):
+        (folder / f"class{label}").mkdir()
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 20, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}/{i}.png")
+    out = tmp_path_factory.mktemp("latents")
+    command = ["tools/extract_latents.py", "--data", folder, "--out", out, "--vae", "pixels", "--image-size", SIZE]
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    return out
+
+
+def trained(folder: Path, latents: Path, **sections: dict) -> Path:
+    """A run of a tiny model over the images, long enough to leave what it started from."""
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "input_size": SIZE,
+            "in_channels": 3,
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "num_classes": 3,
+        },
+        "data": {"latents": str(latents), "image_size": SIZE, "vae": "pixels"},
+        "train": {"steps": 200, "global_batch": 16, "lr": 5.0e-3, "max_grad_norm": 1.0, "ema_decay": 0.9},
+        "diffusion": {"schedule": "linear"},
+        "monitor": {"checkpoint_every": 200},
+        "sample": {"num_steps": 20, "cfg_scale": 2.0},
+    }
+    for name, values in sections.items():
+        config[name] = {**config[name], **values}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    launched(1, "switchdit/train.py", "--config", path, "--deepspeed_config", "ds_configs/zero2_fp32.json")
+    return folder / "run"
+
+
+def samples(
+    run: Path, name: str, num_processes: int = 1, *arguments: object, threads: int = 1
+) -> dict[str, np.ndarray]:
+    out = run / f"{name}.npz"
+    command = ["switchdit/sample.py", "--checkpoint", run, "--out", out, "--num-samples", NUM_IMAGES, *arguments]
+    if num_processes > 1:
+        launched(num_processes, *command)
+    else:  # one process needs no launcher
+        alone = environment(OMP_NUM_THREADS=str(threads))
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=alone, check=True, capture_output=True)
+    with np.load(out) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def gaussian_run(tmp_path_factory, latents) -> Path:
+    return trained(tmp_path_factory.mktemp("gaussian"), latents, model={"name": "Switch-DiT-S/2"})
+
+
+@pytest.fixture(scope="module")
+def gaussian_samples(gaussian_run) -> dict[str, np.ndarray]:
+    return samples(gaussian_run, "one", 1, "--batch-size", 5, threads=2)
+
+
+@pytest.mark.world_size(3)
+def test_the_set_of_images_depends_on_nothing_but_the_seed(gaussian_run, gaussian_samples):
+    three = samples(gaussian_run, "three", 3, "--batch-size", 4)
+    assert (gaussian_run / "one.npz").read_bytes() == (gaussian_run / "three.npz").read_bytes()
+    assert gaussian_samples["arr_0"].shape == (NUM_IMAGES, SIZE, SIZE, 3)
+    assert gaussian_samples["arr_1"].tolist() == [i % 3 for i in range(NUM_IMAGES)]
+    assert len({image.tobytes() for image in three["arr_0"]}) == NUM_IMAGES
+    main_colour = three["arr_0"].mean((1, 2)).argmax(1)
+    assert (main_colour == three["arr_1"]).all()
+    other = samples(gaussian_run, "other", 1, "--seed", 1)
+    assert not np.array_equal(other["arr_0"], three["arr_0"])
+
+
+def test_guidance_in_an_interval(gaussian_run, gaussian_samples):
+    everywhere = samples(gaussian_run, "everywhere", 1, "sample.guidance_interval=[0,1000]")["arr_0"]
+    early = samples(gaussian_run, "early", 1, "sample.guidance_interval=[500,1000]")["arr_0"]
+    unguided = samples(gaussian_run, "unguided", 1, "sample.cfg_scale=1.0")["arr_0"]
+    assert np.array_equal(everywhere, gaussian_samples["arr_0"])
+    assert not np.array_equal(early, everywhere) and not np.array_equal(early, unguided)
+
+
+def test_sampling_in_bfloat16(gaussian_run, gaussian_samples):
+    bfloat16 = samples(gaussian_run, "bfloat16", 1, "sample.dtype=bfloat16", "sample.sampler=ddim")["arr_0"]
+    float32 = samples(gaussian_run, "float32", 1, "sample.sampler=ddim")["arr_0"]
+    difference = np.abs(bfloat16.astype(int) - float32)
+    assert 0 < difference.mean() < 8  # of 255 levels
+    assert not np.array_equal(float32, gaussian_samples["arr_0"])
+
+
+@pytest.mark.world_size(3)
+def test_diff_moe_by_rectified_flow(tmp_path, latents):
+    """Another system, process and sampler through the same doors, with the experts of three processes."""
+    run = trained(
+        tmp_path,
+        latents,
+        model={"name": "Diff-MoE-S/2", "num_experts": 3, "top_k": 2, "num_shared_experts": 1, "mlp_ratio": 2.0},
+        diffusion={"process": "rectified_flow"},
+        sample={"sampler": "euler"},
+    )
+    one = samples(run, "one", 1, "--batch-size", 5)["arr_0"]
+    assert (one.mean((1, 2)).argmax(1) == np.arange(NUM_IMAGES) % 3).all()
+    assert np.array_equal(one, samples(run, "three", 3, "--batch-size", 4)["arr_0"])
+    interval = samples(run, "interval", 1, "sample.guidance_interval=[0,500]")["arr_0"]
+    unguided = samples(run, "unguided", 1, "sample.cfg_scale=1.0")["arr_0"]
+    assert not np.array_equal(interval, one) and not np.array_equal(interval, unguided)
