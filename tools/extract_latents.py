@@ -61,7 +61,7 @@ def encode_images(autoencoder: Autoencoder, images: list[np.ndarray]) -> np.ndar
     """uint8 images of (S, S, 3), b of them -> float32 (b, 2, 2, C, h, w): [as is, flipped], [mean, std]."""
     import torch
 
-    device = autoencoder.model.device
+    device = autoencoder.device
     pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     moments = torch.stack(autoencoder.encode(torch.cat([pixels, pixels.flip(-1)])), dim=1)
     return moments.unflatten(0, (2, len(images))).transpose(0, 1).cpu().numpy()
@@ -266,7 +266,7 @@ def extract(args: argparse.Namespace) -> None:
     say(
         f"{len(folder.names)} images, {len(folder.class_names)} classes, from {args.data} to {args.out}: "
         f"{args.image_size} pixels -> latents {plan.latent_shape} of {args.vae} in {args.dtype} "
-        f"on {autoencoder.model.device.type} x {world_size}, {len(job.shards)} shards"
+        f"on {autoencoder.device.type} x {world_size}, {len(job.shards)} shards"
         + (f", {len(done)} of them already there" if done else ""),
         flush=True,
     )
