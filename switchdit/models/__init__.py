@@ -107,11 +107,14 @@ def system_of(name: str) -> str:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Parameters in total, and those active for a timestep (Diff-MoE: a token): all but M - k experts a block.
+    """Parameters in total, and those active for a timestep (Diff-MoE: a token).
 
-    Fixed positions count, as they do in the published figures. With ``ep_size > 1`` experts of all ranks count.
+    Active are all but M - k experts a block; of a multi-expert model, one denoiser. Fixed positions count, as they do
+    in the published figures. With ``ep_size > 1`` experts of all ranks count.
     """
     total = sum(p.numel() for p in model.parameters())
+    if denoisers := getattr(model, "denoisers", None):
+        return total, total // len(denoisers)
     idle = 0
     for block in getattr(model, "blocks", []):
         if moe := getattr(block, "moe", None):

@@ -82,10 +82,7 @@ def parameters(name: str, **overrides) -> tuple[int, int]:
     Read off the model itself, built without memory for its weights. Fixed positions count, as in published figures.
     """
     with torch.device("meta"):
-        total, active = parameter_counts(build_model(name, **overrides))
-    if system_of(name) == "Multi-Expert-DiT":
-        active = total // model_fields(name, **overrides)["num_denoisers"]
-    return total, active
+        return parameter_counts(build_model(name, **overrides))
 
 
 def _tokens(f: dict) -> int:
