@@ -50,9 +50,11 @@ else
 endif
 
 # CKPT=run or checkpoint folder  OUT=samples.npz  [NUM=50000] [NPROC=8] [ARGS="sample.cfg_scale=1.5 ..."]
+# or, of published weights, WEIGHTS=file  CONFIG=switchdit/configs/X.yaml  instead of CKPT
+source = $(if $(CKPT),--checkpoint "$(CKPT)",$(if $(and $(WEIGHTS),$(CONFIG)),--weights "$(WEIGHTS)" --config "$(CONFIG)"))
 sample: setup
-ifneq ($(and $(CKPT),$(OUT)),)
-	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh switchdit/sample.py --checkpoint "$(CKPT)" --out "$(OUT)" \
+ifneq ($(and $(source),$(OUT)),)
+	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh switchdit/sample.py $(source) --out "$(OUT)" \
 	    $(if $(NUM),--num-samples $(NUM)) $(ARGS)
 else
 	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2

@@ -1,7 +1,9 @@
 """Sample images from a checkpoint's averaged weights into a .npz in ADM's format and a picture.
 
 deepspeed [launcher options] switchdit/sample.py --checkpoint RUN_DIR --out samples.npz [--num-samples 50000]
-          [section.key=value ...]      (or plain python for one process; e.g. sample.cfg_scale=4.0)
+          [sample.key=value ...]       (or plain python for one process; e.g. sample.cfg_scale=4.0)
+          or, of published weights (.pt of the authors, or what tools/convert_checkpoint.py made of it):
+          --weights FILE --config switchdit/configs/X.yaml --out samples.npz [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -17,17 +19,24 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from switchdit.config import DiffusionConfig, config_from_dict
+from switchdit.config import Config, config_from_dict, load_config
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from torch import nn
+
+    from switchdit.data.autoencoder import Autoencoder
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=__doc__.split("\n\n")[1])
-    parser.add_argument("--checkpoint", required=True, help="a run's folder (its newest checkpoint) or a checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="a run's folder (its newest checkpoint) or a checkpoint")
+    source.add_argument("--weights", help="weights of the authors, with the --config that describes them")
+    parser.add_argument("--config", help="YAML file, with --weights: model, diffusion, data.vae and sample")
     parser.add_argument("--out", required=True, help="arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; .npz")
     parser.add_argument("--grid", help="picture with one row per class (default: beside --out, .png)")
     parser.add_argument("--num-samples", type=int, default=50_000)
@@ -57,27 +66,17 @@ def sample(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from switchdit.data.autoencoder import load_autoencoder
-    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
     from switchdit.engine.engine import barrier, init_processes, leave
-    from switchdit.engine.generate import balanced_labels, build_averaged_model, check_sampling, class_rows, generate
+    from switchdit.engine.generate import balanced_labels, check_sampling, class_rows, generate
     from switchdit.engine.objective import build_process
     from switchdit.progress import progress
 
     # Validate and load.
-    checkpoint = find_checkpoint(args.checkpoint)
-    state = read_state(checkpoint)
-    config = config_from_dict(state["config"], args.overrides)
     processes = init_processes()
-    autoencoder = load_autoencoder(args.vae or config.data.vae, processes.device)
-    if state.get("vae_sha256") != autoencoder.identity["sha256"]:
-        raise UserError(
-            f"autoencoder '{args.vae or config.data.vae}' is not the one whose latents the run was trained on: "
-            f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"
-        )
-    model = build_averaged_model(state["model"], read_ema(checkpoint), processes.device, config.sample.dtype)
+    load = load_run if args.checkpoint else load_published
+    config, model, autoencoder = load(args, processes.device)
     check_sampling(config.sample, model.in_channels, model.num_timesteps, model.null_label is not None)
-    process = build_process(DiffusionConfig(**state["diffusion"]), model.num_timesteps)
+    process = build_process(config.diffusion, model.num_timesteps)
     labels = balanced_labels(args.num_samples, model.num_classes)
 
     # On a CPU the last bits of an image depend on how many share a call with it and on the number of threads. There,
@@ -95,8 +94,9 @@ def sample(args: argparse.Namespace) -> None:
     shape = (args.num_samples, size, size, 3)
     if processes.is_first:
         print(
-            f"sampling {args.num_samples} images of {size}x{size} from {checkpoint}: {config.sample.sampler}, "
-            f"{config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, seed {args.seed}",
+            f"sampling {args.num_samples} images of {size}x{size} from {args.checkpoint or args.weights}: "
+            f"{config.sample.sampler}, {config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, "
+            f"seed {args.seed}",
             flush=True,
         )
         allocate(unfinished, shape)
@@ -122,6 +122,51 @@ def sample(args: argparse.Namespace) -> None:
         if processes.is_first:
             unfinished.unlink(missing_ok=True)
     leave()
+
+
+def load_run(args: argparse.Namespace, device: torch.device) -> tuple[Config, nn.Module, Autoencoder]:
+    """A run's averaged weights, with the settings of the run."""
+    from switchdit.data.autoencoder import load_autoencoder
+    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
+    from switchdit.engine.generate import build_averaged_model
+
+    if others := [override for override in args.overrides if not override.startswith("sample.")]:
+        raise UserError(f"override '{others[0]}' would change what the run was; only sample.key=value can be given")
+    checkpoint = find_checkpoint(args.checkpoint)
+    state = read_state(checkpoint)
+    config = config_from_dict(state["config"], args.overrides)
+    autoencoder = load_autoencoder(args.vae or config.data.vae, device)
+    if state.get("vae_sha256") != autoencoder.identity["sha256"]:
+        raise UserError(
+            f"autoencoder '{args.vae or config.data.vae}' is not the one whose latents the run was trained on: "
+            f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"
+        )
+    return config, build_averaged_model(state["model"], read_ema(checkpoint), device, config.sample.dtype), autoencoder
+
+
+def load_published(args: argparse.Namespace, device: torch.device) -> tuple[Config, nn.Module, Autoencoder]:
+    """The authors' weights in the model that a config describes, all experts on this device."""
+    import torch
+
+    from switchdit.data.autoencoder import load_autoencoder
+    from switchdit.engine.reference_checkpoints import load_reference_checkpoint
+    from switchdit.models import build_model
+
+    if not args.config:
+        raise UserError("--weights needs a --config that describes the model, such as switchdit/configs/X.yaml")
+    config = load_config(args.config, args.overrides)
+    autoencoder = load_autoencoder(args.vae or config.data.vae, device)
+    one_device = {"ep_size": 1} if "ep_size" in config.model else {}
+    model = build_model(config.model_name, **{**config.model_overrides, **one_device})
+    expected = (model.in_channels, model.input_size, model.input_size)
+    if (latents := autoencoder.latent_shape(config.data.image_size)) != expected:
+        raise UserError(
+            f"model.input_size and in_channels make latents of {expected}, the autoencoder of {latents} for "
+            f"data.image_size {config.data.image_size}"
+        )
+    load_reference_checkpoint(model, args.weights)
+    model = model.to(device, getattr(torch, config.sample.dtype)).eval().requires_grad_(False)
+    return config, model, autoencoder
 
 
 def allocate(path: Path, shape: tuple[int, ...]) -> None:

@@ -108,6 +108,46 @@ def test_sampling_in_bfloat16(gaussian_run, gaussian_samples):
     assert not np.array_equal(float32, gaussian_samples["arr_0"])
 
 
+def test_published_weights(gaussian_run, gaussian_samples, tmp_path):
+    """What the authors' names hold gives the same images as the run that they were made of."""
+    from tools.convert_checkpoint import to_authors
+
+    to_authors(gaussian_run, tmp_path / "authors.pt")
+    command = ["switchdit/sample.py", "--weights", tmp_path / "authors.pt", "--config", gaussian_run / "config.yaml"]
+    command += ["--out", tmp_path / "samples.npz", "--num-samples", NUM_IMAGES]
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert (tmp_path / "samples.npz").read_bytes() == (gaussian_run / "one.npz").read_bytes()
+
+
+MISTAKES = [
+    (
+        ["--checkpoint", "{run}", "diffusion.schedule=cosine"],
+        "override 'diffusion.schedule=cosine' would change what the",
+    ),
+    (
+        ["--checkpoint", "{run}", "sample.sampler=euler"],
+        "sample.sampler is 'euler'; it must be ddpm or ddim (gaussian)",
+    ),
+    (["--checkpoint", "{run}", "sample.guidance_interval=[1,2000]"], "but the model has 1000 timesteps"),
+    (["--weights", "nowhere.pt"], "--weights needs a --config"),
+    (["--weights", "nowhere.pt", "--config", "{run}/config.yaml"], "checkpoint 'nowhere.pt' does not exist"),
+    (
+        ["--weights", "nowhere.pt", "--config", "{run}/config.yaml", "model.input_size=16"],
+        "make latents of (3, 16, 16), the autoencoder of (3, 8, 8) for data.image_size 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_mistakes(gaussian_run, tmp_path, arguments, says):
+    arguments = [a.replace("{run}", str(gaussian_run)) for a in arguments]
+    command = [sys.executable, "switchdit/sample.py", "--out", str(tmp_path / "out/x.npz"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.world_size(3)
 def test_diff_moe_by_rectified_flow(tmp_path, latents):
     """Another system, process and sampler through the same doors, with the experts of three processes."""
