@@ -57,7 +57,7 @@ ifneq ($(and $(source),$(OUT)),)
 	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh switchdit/sample.py $(source) --out "$(OUT)" \
 	    $(if $(NUM),--num-samples $(NUM)) $(ARGS)
 else
-	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2
+	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir (or WEIGHTS=file CONFIG=file.yaml) OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2
 endif
 
 # REF=ref.npz  SAMPLES=samples.npz  [INCEPTION=file] [OUT=metrics.json] [ARGS="..."]

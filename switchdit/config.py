@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -67,6 +69,7 @@ class LossConfig:
 
     auxiliary: null for the system's own (Switch-DiT: diffusion_prior; Diff-MoE: load_balancing; others: none).
     lambda_dp, lambda_lb: weights of diffusion prior and load balancing. prior: which target table.
+    Load balancing is over a process's micro-batch, so that, unlike the others, it depends on how the batch is cut.
     """
 
     auxiliary: str | None = None
@@ -171,6 +174,7 @@ class SampleConfig:
             ordered = len(interval) == 2 and 0 <= interval[0] <= interval[1]
             _require(ordered, "sample.guidance_interval", interval, "two timesteps in order, or null")
         _require(0 <= self.eta <= 1, "sample.eta", self.eta, "from 0 to 1 (of DDIM; 0 is deterministic)")
+        _require(not self.eta or self.sampler == "ddim", "sample.eta", self.eta, f"0 for {self.sampler}: it is of ddim")
         channels = self.guided_channels
         _require(channels is None or channels >= 1, "sample.guided_channels", channels, "at least 1, or null for all")
 
@@ -315,11 +319,9 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return dict(value)
     if hint is float and isinstance(value, str):  # YAML reads 1e-4, without a dot, as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value

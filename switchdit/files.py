@@ -11,6 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from switchdit.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """A folder and those above it, where they are missing; `UserError` in one line if something is in the way."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        if problem.errno in DISK_FULL:
+            raise
+        raise UserError(f"folder '{path}' cannot be made: {problem.strerror}") from None
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
@@ -20,7 +34,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     error the partial file is removed and whatever stood at ``path`` before is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         with open(partial, mode) as file:
@@ -30,7 +44,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         os.replace(partial, path)
         sync_directory(path.parent)
     except OSError as problem:
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT) and problem.filename is None:
+        if problem.errno in DISK_FULL and problem.filename is None:
             raise OSError(problem.errno, problem.strerror, str(path)) from problem
         raise
     finally:

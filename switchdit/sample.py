@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # the launcher runs this as a file: import from t
 
 from switchdit.config import Config, config_from_dict, load_config
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import atomic_write
+from switchdit.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     source.add_argument("--checkpoint", help="a run's folder (its newest checkpoint) or a checkpoint")
     source.add_argument("--weights", help="weights of the authors, with the --config that describes them")
     parser.add_argument("--config", help="YAML file, with --weights: model, diffusion, data.vae and sample")
+    parser.add_argument("--which", choices=("ema", "model"), default="ema", help="entry of a file of --weights")
     parser.add_argument("--out", required=True, help="arr_0 (N, H, W, 3) uint8 and arr_1 (N,) labels; .npz")
     parser.add_argument("--grid", help="picture with one row per class (default: beside --out, .png)")
     parser.add_argument("--num-samples", type=int, default=50_000)
@@ -56,6 +57,10 @@ def main() -> None:
             raise UserError(f"{name} is {value}; it must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed is {args.seed}; it must be from 0 to {2**32 - 1}")
+    if args.config and args.checkpoint:
+        raise UserError("--config is for --weights: a run has a config of its own; change it by sample.key=value")
+    if args.which != "ema" and args.checkpoint:
+        raise UserError("--which is for --weights: of a run the averaged weights are sampled")
     if Path(args.out).suffix != ".npz":
         raise UserError(f"--out is '{args.out}'; it must end in .npz")
     sample(args)
@@ -88,7 +93,7 @@ def sample(args: argparse.Namespace) -> None:
 
     # Sample: every process its share of the images, into one memory-mapped file.
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     unfinished = out.parent / f".{out.name}.arr_0.partial"
     size = model.input_size * autoencoder.downsampling
     shape = (args.num_samples, size, size, 3)
@@ -164,7 +169,7 @@ def load_published(args: argparse.Namespace, device: torch.device) -> tuple[Conf
             f"model.input_size and in_channels make latents of {expected}, the autoencoder of {latents} for "
             f"data.image_size {config.data.image_size}"
         )
-    load_reference_checkpoint(model, args.weights)
+    load_reference_checkpoint(model, args.weights, args.which)
     model = model.to(device, getattr(torch, config.sample.dtype)).eval().requires_grad_(False)
     return config, model, autoencoder
 

@@ -92,6 +92,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     about = {
         "model": {"name": config.model_name, **{k: v for k, v in fields.items() if k != "ep_size"}},
         "diffusion": asdict(config.diffusion),
+        "loss": objective.identity,
         "vae_sha256": dataset.vae_sha256,
         "run": {
             "seed": config.train.seed,
@@ -100,6 +101,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         },
     }
     first_step, extra = load_checkpoint(checkpoint, engine, ema, about) if checkpoint else (0, None)
+    if extra:
+        objective.restore(extra["objective"])
     run_dir = Path(config.run_dir)
     barrier()  # every process has read before the first one writes
     if processes.is_first:
@@ -108,7 +111,6 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, first_step)
     if extra:
         monitor.restore(extra["monitor"])
-        objective.restore(extra["objective"])
     batches = TrainingBatches(
         dataset,
         seed=config.train.seed,
@@ -160,6 +162,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             monitor.log(done, config.train.steps, lr, grad_norm(engine))
         if due(config.monitor.routing_every, done, last) and objective.prior is not None:
             monitor.log_routing(done, objective.task_expert_map, objective.prior, objective.assignment)
+        if due(config.monitor.routing_every, done, last) and objective.token_share is not None:
+            monitor.log_token_share(done, objective.token_share)
         if due(config.monitor.checkpoint_every, done, last):
             extra = {"monitor": monitor.state(), "objective": objective.state(), "config": config_to_dict(config)}
             save_checkpoint(run_dir / "checkpoints", engine, ema, done, about, extra)

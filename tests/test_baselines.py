@@ -118,6 +118,9 @@ def test_channels_that_are_not_owned_pass_through():
     [
         ({"beta": 0.0}, r"beta \(0.0\) must lie between"),
         ({"beta": 1.5}, r"beta \(1.5\) must lie between"),
+        ({"beta": float("nan")}, "model field 'beta' must be of type float, not nan"),
+        ({"alpha": float("inf")}, "model field 'alpha' must be of type float, not inf"),
+        ({"mlp_ratio": 0.001}, r"mlp_ratio \(0.001\) must be a number above 0 that gives the MLP a width"),
         ({"alpha": 0}, r"alpha \(0.0\) must be above 0"),
         ({"channel_mask": "rand"}, "model field 'channel_mask' must be one of dtr, random, not 'rand'"),
     ],

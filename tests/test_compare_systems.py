@@ -11,7 +11,8 @@ import pytest
 from launching import ROOT, environment
 from PIL import Image
 
-from tools.compare_systems import means, report, run_config
+from switchdit.errors import UserError
+from tools.compare_systems import keep_settings, means, report, run_config, settings
 from tools.digits import main as write_digits
 
 CONFIG = "switchdit/configs/cifar10_narrow.yaml"
@@ -42,13 +43,28 @@ def test_means_and_ranges():
     assert means(ROWS, "frechet_distance")["DTR"][200] == (2.0, 1.5, 2.5)
 
 
+def test_numbers_of_other_settings_are_not_mixed(tmp_path):
+    first = options(num_samples=10, classifier_steps=5, data=Path("/data"), deepspeed_config=Path("x.json"))
+    config = run_config(first, "DiT", "0")[1]
+    keep_settings(tmp_path / "settings.json", settings(first, config))
+    keep_settings(tmp_path / "settings.json", settings(first, run_config(first, "DTR", "1")[1]))
+    first.num_samples = 20
+    with pytest.raises(UserError, match="holds a comparison with num_samples 10, not 20; choose another --out"):
+        keep_settings(tmp_path / "settings.json", settings(first, config))
+    first.num_samples, config.train.lr = 10, 0.5
+    with pytest.raises(UserError, match=r"holds a comparison with train .*'lr': 0\.002.*, not .*'lr': 0\.5"):
+        keep_settings(tmp_path / "settings.json", settings(first, config))
+
+
 def test_report(tmp_path, capsys):
     report(tmp_path, ROWS)
     table = (tmp_path / "comparison.md").read_text()
+    assert table in capsys.readouterr().out
     assert "| DiT | 4.50 (4.00 to 5.00) | 2.50 (2.00 to 3.00) |" in table
     assert "FID" not in table
     assert Image.open(tmp_path / "comparison.png").size[0] > 1000
-    assert table in capsys.readouterr().out
+    report(tmp_path, [row for row in ROWS if (row["system"], row["step"]) != ("DiT", 100)])
+    assert "| DiT |  | 2.50 (2.00 to 3.00) |" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +76,8 @@ def test_report(tmp_path, capsys):
             ["--data", "{data}", "--systems", "DiT,Swich-DiT"],
             "model 'Swich-DiT-S/2' is unknown; did you mean 'Switch-DiT-S/2'?",
         ),
+        (["--data", "{data}", "model.name=foo"], "model 'foo' is unknown"),
+        (["--data", "{data}", "--seeds", ","], "--seeds is empty"),
         (["--data", "{data}", "train.step=1"], "config key 'train.step' is unknown"),
         (["--data", "{data}", "--seeds", "x"], "config key 'train.seed' must be of type int"),
     ],

@@ -214,7 +214,7 @@ def test_mistakes_are_told_in_one_line(switching_run, tmp_path, plot):
     (tmp_path / "file").write_text("")
     for arguments, expected in (
         ([tmp_path / "nowhere"], "nowhere' holds no complete checkpoint"),
-        ([dense], "is of a DiT-S/2; only Switch-DiT and DTR route by the timestep"),
+        ([dense], "is of a DiT-S/2; only Switch-DiT and DTR have a map to draw"),
         ([switching_run, "--out", tmp_path / "file"], "file' cannot be made: File exists"),
         ([switching_run, "--out", tmp_path / "file" / "below"], "below' cannot be made: Not a directory"),
     ):

@@ -81,6 +81,7 @@ def gaussian_samples(gaussian_run) -> dict[str, np.ndarray]:
 
 @pytest.mark.world_size(3)
 def test_the_set_of_images_depends_on_nothing_but_the_seed(gaussian_run, gaussian_samples):
+    """Not on the number of processes, of threads, or (which a CPU takes for 1) the batch size."""
     three = samples(gaussian_run, "three", 3, "--batch-size", 4)
     assert (gaussian_run / "one.npz").read_bytes() == (gaussian_run / "three.npz").read_bytes()
     assert gaussian_samples["arr_0"].shape == (NUM_IMAGES, SIZE, SIZE, 3)
@@ -129,6 +130,8 @@ MISTAKES = [
         "sample.sampler is 'euler'; it must be ddpm or ddim (gaussian)",
     ),
     (["--checkpoint", "{run}", "sample.guidance_interval=[1,2000]"], "but the model has 1000 timesteps"),
+    (["--checkpoint", "{run}", "--config", "x.yaml"], "--config is for --weights"),
+    (["--checkpoint", "{run}", "--which", "model"], "--which is for --weights"),
     (["--weights", "nowhere.pt"], "--weights needs a --config"),
     (["--weights", "nowhere.pt", "--config", "{run}/config.yaml"], "checkpoint 'nowhere.pt' does not exist"),
     (
@@ -155,7 +158,7 @@ def test_diff_moe_by_rectified_flow(tmp_path, latents):
         tmp_path,
         latents,
         model={"name": "Diff-MoE-S/2", "num_experts": 3, "top_k": 2, "num_shared_experts": 1, "mlp_ratio": 2.0},
-        diffusion={"process": "rectified_flow"},
+        diffusion={"process": "rectified_flow", "schedule": "cosine"},
         sample={"sampler": "euler"},
     )
     one = samples(run, "one", 1, "--batch-size", 5)["arr_0"]

@@ -152,6 +152,36 @@ def test_the_number_of_processes_and_accumulation_change_nothing_but_rounding(tm
                 assert log[step][term] == pytest.approx(expected[step][term], rel=1e-4), (name, step, term)
 
 
+def test_noise_of_gates_and_learned_weights_are_part_of_the_run(tmp_path, latents):
+    """What some settings alone have: noise of gates, clusters of timesteps, log-variances beside the model."""
+    sections = {
+        "model": {"gate": "noisy"},
+        "loss": {"weighting": "uncertainty", "uncertainty_lr": 0.1},
+        "train": {"steps": 6},
+        "monitor": {"checkpoint_every": 3, "log_every": 3},
+    }
+    runs = {}
+    for name, processes, overrides in (
+        ("whole", 2, ["train.gradient_accumulation_steps=2"]),
+        ("one", 1, ["model.ep_size=1"]),
+    ):
+        config = write_config(tmp_path / f"{name}.yaml", latents, tmp_path / name, **sections)
+        train(processes, config, *overrides)
+        runs[name] = read_log(tmp_path / name)
+    for step in (3, 6):
+        for term in ("loss/total", "loss/mse", "loss/prior", "train/grad_norm"):
+            assert runs["one"][step][term] == pytest.approx(runs["whole"][step][term], rel=1e-4), (step, term)
+    newest = "checkpoints/step_0000006"
+    learned = [json.loads((tmp_path / name / newest / "state.json").read_text())["objective"] for name in runs]
+    assert np.abs(learned[0]["log_variances"]).min() > 0.01
+    np.testing.assert_allclose(learned[0]["log_variances"], learned[1]["log_variances"], rtol=1e-4)
+
+    shutil.copytree(tmp_path / "whole/checkpoints/step_0000003", tmp_path / "resumed/checkpoints/step_0000003")
+    config = write_config(tmp_path / "resumed.yaml", latents, tmp_path / "resumed", **sections)
+    train(2, config, "train.gradient_accumulation_steps=2", "--resume", "auto")
+    same_checkpoint(tmp_path / "resumed" / newest, tmp_path / "whole" / newest)
+
+
 def test_it_learns_in_bfloat16_as_in_float32(tmp_path, latents):
     final = {}
     for precision in ("zero2_fp32", "zero2_bf16", "zero1_bf16"):
@@ -206,6 +236,17 @@ MISTAKES = [
     (["model.ep_size=1", "model.name=5"], "model.name is 5; it must be a name"),
     (["model.ep_size=1", "model.mlp_ratio=-1"], "mlp_ratio (-1.0) must be a number above 0"),
     (["model.ep_size=1", "data.latents=nowhere"], "nowhere"),
+    (
+        ["model.ep_size=1", "loss.auxiliary=none", "loss.lambda_dp=2"],
+        "is 2.0, but it is of diffusion_prior",
+    ),
+    (
+        ["model.ep_size=1", "diffusion.time_scale=1"],
+        "is 1.0, but it is of rectified_flow, which is not in use",
+    ),
+    (["model.ep_size=1", "loss.weighting=uncertainty", "model.num_timesteps=5"], "needs 8 timesteps, the model has 5"),
+    (["model.ep_size=1", "diffusion.schedule=linear", "model.num_timesteps=9"], "linear schedule needs at least 21"),
+    (["model.ep_size=1", "model.name=DTR-S/2"], "model field 'ep_size' is unknown for DTR-S/2"),
     (["model.ep_size=1", "--resume", "nowhere"], "'nowhere' holds no complete checkpoint"),
 ]
 
@@ -224,7 +265,7 @@ def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
     config = write_config(tmp_path / "c.yaml", latents, run)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     one, resume = "model.ep_size=1", ["--resume", "auto"]
-    again, topology, model, seed, older, short = fails(
+    again, topology, model, seed, older, short, weighting = fails(
         config,
         [one],
         [one, *resume],
@@ -232,6 +273,7 @@ def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
         [one, *resume, "train.seed=1"],
         [one, "--resume", str(run / "checkpoints/step_0000005")],
         [one, *resume, "train.steps=3"],
+        [one, *resume, "loss.weighting=p2"],
     )
     assert "already holds checkpoints up to step_0000012; continue with --resume auto" in again
     assert "of another topology: it has {'world_size': 2, 'ep_size': 2}" in topology
@@ -239,7 +281,19 @@ def test_runs_are_not_mixed_up(tmp_path, latents, uninterrupted):
     assert "of another run: it has {'seed': 0}, this run {'seed': 1}" in seed
     assert "holds checkpoints up to step_0000012; to continue from" in older
     assert "train.steps is 3, but checkpoint" in short
+    assert "of another loss: it has {'weighting': 'constant'}, this run {'weighting': 'p2'}" in weighting
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_averaged_weights_say_what_they_are(uninterrupted):
+    from switchdit import build_model, load_reference_checkpoint
+    from switchdit.errors import UserError
+
+    checkpoint = uninterrupted / "checkpoints/step_0000012"
+    about = json.loads((checkpoint / "state.json").read_text())["model"]
+    load_reference_checkpoint(build_model(**about), checkpoint / "ema.safetensors")
+    with pytest.raises(UserError, match="is of another model: system Switch-DiT instead of DiT"):
+        load_reference_checkpoint(build_model("DiT-S/2"), checkpoint / "ema.safetensors")
 
 
 def test_ema_is_the_average_of_the_weights(uninterrupted):

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ if __package__ in (None, ""):
 
 from switchdit.config import Config, load_config
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import atomic_write, write_json
+from switchdit.files import atomic_write, make_folder, write_json
 from tools.demo import free_port
 
 FEATURES_NAME = "classifier features"
@@ -43,8 +44,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
-    parser.add_argument("--config", default="switchdit/configs/cifar10_narrow.yaml")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero2_fp32.json")
+    parser.add_argument("--config", type=Path, default=ROOT / "switchdit/configs/cifar10_narrow.yaml")
+    parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs/zero2_fp32.json")
     parser.add_argument("--systems", type=comma_separated, default="DiT,DTR,Switch-DiT")
     parser.add_argument("--seeds", type=comma_separated, default="0,1")
     parser.add_argument("--num-samples", type=int, default=1000, help="of each checkpoint")
@@ -61,26 +62,57 @@ def comma_separated(text: str) -> list[str]:
 
 @exit_on_user_error
 def main() -> None:
+    from switchdit.models import model_fields
+
     args = arguments()
     for name in ("num_samples", "classifier_steps", "nproc", "parallel"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("systems", "seeds"):
+        if not getattr(args, name):
+            raise UserError(f"--{name} is empty; give names separated by commas")
     for part in ("train", "test"):
         if not (args.data / part).is_dir():
             raise UserError(f"--data '{args.data}' must hold folders train and test; '{args.data / part}' is missing")
-    args.data, args.out = args.data.resolve(), args.out.resolve()
+    for name in ("data", "out", "config", "deepspeed_config"):
+        setattr(args, name, getattr(args, name).resolve())
     config = load_config(args.config, args.overrides)
+    model_fields(config.model_name, **config.model_overrides)
     trials = [(system, seed) for system in args.systems for seed in args.seeds]
     for system, seed in trials:
         run_config(args, system, seed)  # a wrong name is told before hours of work
     os.chdir(ROOT)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
+    keep_settings(args.out / "settings.json", settings(args, config))
 
     prepare(args, config)
     with ThreadPoolExecutor(args.parallel) as pool:
         rows = [row for rows in pool.map(lambda trial: try_system(args, *trial), trials) for row in rows]
     write_json(args.out / "comparison.json", {"about": about(args, config), "rows": rows})
     report(args.out, rows)
+
+
+def settings(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What all numbers of a folder must have been made with; systems and seeds may be added."""
+    of_all_runs = {**asdict(config), "run_dir": None, "model": config.model_overrides}
+    del of_all_runs["train"]["seed"], of_all_runs["data"]["latents"]
+    numbers = {name: getattr(args, name) for name in ("num_samples", "classifier_steps")}
+    files = {"data": str(args.data), "deepspeed_config": args.deepspeed_config.name}
+    return {**numbers, **files, "config": of_all_runs}
+
+
+def keep_settings(path: Path, wanted: dict[str, Any]) -> None:
+    """Write ``wanted``, or raise `UserError` if the folder's numbers were made with something else."""
+    if not path.exists():
+        return write_json(path, wanted)
+    found = json.loads(path.read_text())
+    if different := [name for name in wanted if found.get(name) != wanted[name]]:
+        name = different[0]
+        ours, theirs = wanted[name], found.get(name)
+        if name == "config":
+            section = next(s for s in ours if ours[s] != theirs.get(s))
+            name, ours, theirs = section, ours[section], theirs.get(section)
+        raise UserError(f"'{path.parent}' holds a comparison with {name} {theirs}, not {ours}; choose another --out")
 
 
 def run_config(args: argparse.Namespace, system: str, seed: str) -> tuple[list[str], Config]:
@@ -117,7 +149,7 @@ def try_system(args: argparse.Namespace, system: str, seed: str) -> list[dict[st
     """Train one system and score each checkpoint: a row of numbers per checkpoint."""
     overrides, config = run_config(args, system, seed)
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     log, start = folder / "console.log", time.perf_counter()
     training = ["--config", args.config, "--deepspeed_config", args.deepspeed_config, "--resume", "auto", *overrides]
     run(["switchdit/train.py", *training], log, args.nproc)
@@ -171,8 +203,6 @@ def run(command: list[object], log: Path, num_processes: int | None = None) -> s
 
 
 def about(args: argparse.Namespace, config: Config) -> dict[str, Any]:
-    from dataclasses import asdict
-
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
@@ -180,8 +210,7 @@ def about(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "device": device,
         "feature_space": FEATURES_NAME,
-        "num_samples": args.num_samples,
-        "config": asdict(config),
+        **settings(args, config),
     }
 
 
@@ -204,7 +233,7 @@ def report(out: Path, rows: list[dict[str, Any]]) -> None:
     steps = sorted({row["step"] for row in rows})
     lines = ["| system | " + " | ".join(f"step {step}" for step in steps) + " |", "|---" * (len(steps) + 1) + "|"]
     for system, values in by_system.items():
-        cells = (f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in (values[s] for s in steps if s in values))
+        cells = ("{:.2f} ({:.2f} to {:.2f})".format(*values[s]) if s in values else "" for s in steps)
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
     table = f"Fréchet distance ({FEATURES_NAME}), mean over seeds (lowest to highest):\n\n" + "\n".join(lines) + "\n"
     with atomic_write(out / "comparison.md", "w") as file:

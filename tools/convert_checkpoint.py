@@ -54,6 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     suffix = ".safetensors" if args.authors else ".pt"
     if args.out.suffix != suffix or args.out.is_dir():
         raise UserError(f"--out is '{args.out}'; it must be a file that ends in {suffix}")
+    unused = (
+        {"--masks-of-blocks": args.masks_of_blocks}
+        if args.authors
+        else {
+            "--which": args.which != "ema",
+            "--system": args.system != "auto",
+            "--num-heads": args.num_heads is not None,
+            "field=value": bool(args.fields),
+        }
+    )
+    if given := [name for name, is_given in unused.items() if is_given]:
+        raise UserError(f"{given[0]} has no meaning with {'--from' if args.authors else '--to-authors'}")
     if args.ours:
         model = to_authors(args.ours, args.out, args.masks_of_blocks)
     else:
@@ -126,7 +138,6 @@ def to_authors(path: Path, out: Path, masks_of_blocks: bool = False) -> dict[str
         if system != "DTR":
             raise UserError(f"--masks-of-blocks is for DTR; '{path}' is {system}")
         state_dict = with_masks_of_blocks(state_dict, fields["depth"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     TensorsOnlyCheckpointEngine().save({"ema": state_dict, "model": state_dict}, str(out))
     return model
 

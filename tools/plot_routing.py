@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import atomic_write
+from switchdit.files import atomic_write, make_folder
 from tools.drawing import (
     BAR,
     FRAME,
@@ -98,11 +98,8 @@ def main() -> None:
         routing = map_numbers(mask)
         pictures = {"task_expert_map": mask_picture(mask), "task_affinity": affinity_picture(mask, "channels")}
     else:
-        raise UserError(f"'{checkpoint}' is of a {numbers['model']}; only Switch-DiT and DTR route by the timestep")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--out '{out}' cannot be made: {problem.strerror}") from None
+        raise UserError(f"'{checkpoint}' is of a {numbers['model']}; only Switch-DiT and DTR have a map to draw")
+    make_folder(out)
     for name, picture in pictures.items():
         with atomic_write(out / f"{name}.png") as file:
             picture.save(file, format="PNG", dpi=(300, 300))

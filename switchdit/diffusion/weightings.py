@@ -17,7 +17,7 @@ from torch import Tensor
 from switchdit.diffusion.gaussian import GaussianDiffusion
 from switchdit.errors import UserError, nearest
 
-WEIGHTINGS = ("constant", "min_snr", "p2")
+FIXED_WEIGHTINGS = ("constant", "min_snr", "p2")
 NUM_CLUSTERS = 8
 
 
@@ -47,7 +47,7 @@ def loss_weights(
         return (min_snr_gamma / diffusion.signal_to_noise(t)).clamp(max=1)
     if name == "p2":
         return (p2_k + diffusion.signal_to_noise(t)) ** -p2_gamma
-    raise UserError(f"loss weighting '{name}' is unknown{nearest(name, WEIGHTINGS)}")
+    raise UserError(f"loss weighting '{name}' is unknown{nearest(name, FIXED_WEIGHTINGS)}")
 
 
 def cluster_of(t: Tensor, num_timesteps: int) -> Tensor:

@@ -34,6 +34,7 @@ from switchdit.errors import UserError
 from switchdit.files import atomic_write, sync_directory, write_json
 
 FORMAT_VERSION = 1
+MODEL_METADATA = "switchdit_model"  # of safetensors files under our names: JSON, the arguments of `build_model`
 PARTIAL = ".partial_"
 
 # All that DeepSpeed's files hold besides tensors, numbers and containers
@@ -126,7 +127,7 @@ def save_checkpoint(
         averaged = ema.state_dict()
         if first:
             with atomic_write(partial / "ema.safetensors") as file:
-                file.write(save(averaged))
+                file.write(save(averaged, {"format": "pt", MODEL_METADATA: json.dumps(about["model"])}))
             state = {"format_version": FORMAT_VERSION, "step": step, "topology": _topology(engine), **about}
             write_json(partial / "state.json", {**state, **extra})
         dist.barrier()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchdit.config import Config, SampleConfig
 from switchdit.data.autoencoder import Autoencoder, load_autoencoder
@@ -20,12 +20,11 @@ from switchdit.diffusion.samplers import PerImageNoise, ddim_steps, ddpm_steps, 
 from switchdit.engine.global_state import load_global_state_dict
 from switchdit.errors import UserError
 from switchdit.models import build_model
-from switchdit.models.dit import DiT
 
 
 def build_averaged_model(
     model: dict[str, Any], weights: dict[str, Tensor], device: torch.device, dtype: str = "float32"
-) -> DiT:
+) -> nn.Module:
     """The model of a checkpoint's ``state.json`` on one device, all experts local, in evaluation mode.
 
     Args:
@@ -57,7 +56,7 @@ def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, 
 
 @torch.no_grad()
 def generate(
-    model: DiT,
+    model: nn.Module,
     process: GaussianDiffusion | RectifiedFlow,
     autoencoder: Autoencoder,
     labels: Tensor,

@@ -1,6 +1,7 @@
 """What a run tells about itself: TensorBoard, ``log.jsonl`` and a line on the terminal. The only writer of TensorBoard.
 
 Scalars: loss/{total,mse,vlb,prior,balance}, loss_by_timestep/NNN-NNN (mse), train/{lr,grad_norm,images_per_second}.
+Of experts that tokens choose: routing/{most,least}_used_expert, relative to an equal share.
 Images: samples/ema (one row per class), routing/task_expert_map (gates left, matched prior right; paper, Fig. 6).
 """
 
@@ -99,6 +100,13 @@ class Monitor:
         if self.writer:
             picture = routing_picture(task_expert_map.cpu().numpy(), prior.cpu().numpy(), assignment.numpy())
             self.writer.add_image("routing/task_expert_map", picture, step, dataformats="HWC")
+
+    def log_token_share(self, step: int, token_share: Tensor) -> None:
+        """(B, E) share of this process's tokens at each expert: how far the extremes are from an equal share, 1."""
+        if self.writer:
+            relative = token_share / token_share.mean(1, keepdim=True)
+            self.writer.add_scalar("routing/most_used_expert", relative.max().item(), step)
+            self.writer.add_scalar("routing/least_used_expert", relative.min().item(), step)
 
     def close(self) -> None:
         if self.writer:

@@ -17,7 +17,7 @@ from switchdit.data.training_batches import Batch
 from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
 from switchdit.diffusion.losses import noise_losses
 from switchdit.diffusion.rectified_flow import RectifiedFlow
-from switchdit.diffusion.weightings import UncertaintyWeighting, loss_weights
+from switchdit.diffusion.weightings import NUM_CLUSTERS, UncertaintyWeighting, loss_weights
 from switchdit.errors import UserError
 from switchdit.models import system_of
 from switchdit.models.switch_dit import SwitchDiT
@@ -26,10 +26,25 @@ from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, p
 TERMS = ("total", "mse", "vlb", "prior", "balance")
 
 # the first is a system's own
-AUXILIARIES = {
+AUXILIARIES_OF = {
     "Switch-DiT": ("diffusion_prior", "load_balancing", "none"),
     "Diff-MoE": ("load_balancing", "none"),
 }
+
+
+# settings, and what must be in use for them to mean anything
+NEEDS = (
+    ("loss", "lambda_dp", "diffusion_prior"),
+    ("loss", "prior", "timestep gates"),
+    ("loss", "lambda_lb", "load_balancing"),
+    ("loss", "min_snr_gamma", "min_snr"),
+    ("loss", "p2_gamma", "p2"),
+    ("loss", "p2_k", "p2"),
+    ("loss", "uncertainty_lr", "uncertainty"),
+    ("diffusion", "schedule", "gaussian"),
+    ("diffusion", "time_distribution", "rectified_flow"),
+    ("diffusion", "time_scale", "rectified_flow"),
+)
 
 
 def auxiliary_of(config: Config) -> str:
@@ -39,7 +54,7 @@ def auxiliary_of(config: Config) -> str:
         UserError: if the system's gates have no such loss.
     """
     system = system_of(config.model_name)
-    valid = AUXILIARIES.get(system, ("none",))
+    valid = AUXILIARIES_OF.get(system, ("none",))
     chosen = config.loss.auxiliary or valid[0]
     if chosen not in valid:
         raise UserError(f"loss.auxiliary is '{chosen}'; for {system} it must be {' or '.join(valid)}")
@@ -47,8 +62,22 @@ def auxiliary_of(config: Config) -> str:
 
 
 def check_objective(config: Config, num_timesteps: int) -> None:
-    """Raise `UserError` for losses and processes that the system of the config cannot have."""
-    auxiliary_of(config)
+    """Raise `UserError` for losses and processes that the config's system cannot have, or that do not go together.
+
+    A setting of something that is not in use is refused as well, unless it has its default.
+    """
+    build_process(config.diffusion, num_timesteps)
+    if config.loss.weighting == "uncertainty" and num_timesteps < NUM_CLUSTERS:
+        raise UserError(f"loss.weighting 'uncertainty' needs {NUM_CLUSTERS} timesteps, the model has {num_timesteps}")
+    in_use = {auxiliary_of(config), config.loss.weighting, config.diffusion.process}
+    if "Switch-DiT" == system_of(config.model_name):
+        in_use.add("timestep gates")
+    for section, field, needed in NEEDS:
+        values = getattr(config, section)
+        if needed not in in_use and getattr(values, field) != getattr(type(values)(), field):
+            raise UserError(
+                f"{section}.{field} is {getattr(values, field)!r}, but it is of {needed}, which is not in use"
+            )
     system, scale = system_of(config.model_name), config.diffusion.time_scale
     routes_by_time = system in ("DTR", "Switch-DiT", "Multi-Expert-DiT")
     if config.diffusion.process == "rectified_flow" and routes_by_time and scale != num_timesteps:
@@ -91,6 +120,8 @@ class Objective:
         process: the diffusion process.
         prior, task_expert_map, assignment: of the diffusion prior loss and of the pictures; None without timestep
             gates. The last two are of the step that `start_step` began.
+        token_share: (B, E) share of the last micro-batch's tokens at each expert; None without token gates.
+        identity: what must be the same on resume.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device):
@@ -99,7 +130,8 @@ class Objective:
         self.process = build_process(config.diffusion, model.num_timesteps)
         self.auxiliary = auxiliary_of(config)
         self.weighting = UncertaintyWeighting(config.loss.uncertainty_lr, model.num_timesteps, device)
-        self.prior = self.task_expert_map = self.assignment = None
+        self.identity = {"weighting": config.loss.weighting, "auxiliary": self.auxiliary, "prior": config.loss.prior}
+        self.prior = self.task_expert_map = self.assignment = self.token_share = None
         if isinstance(model, SwitchDiT):
             sizes = (len(model.blocks), model.num_experts, model.top_k, model.num_timesteps)
             self.prior = prior_mask(*sizes, config.loss.prior).to(device)
@@ -122,6 +154,7 @@ class Objective:
         else:
             options = {} if batch.gate_noise is None else {"gate_noise": batch.gate_noise}
             out, routing = engine(x_t, time, batch.y, drop_label=batch.drop_label, return_routing=True, **options)
+            self.token_share = getattr(routing, "token_share", None)
             if self.auxiliary == "load_balancing":
                 balance = routing.load_balance.sum()
             if self.prior is not None:  # watched also where it is not minimised

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from switchdit.engine.checkpoint import MODEL_METADATA
 from switchdit.engine.global_state import EXPERTS, global_names, load_global_state_dict
 from switchdit.engine.inert_pickle import TensorRecord, read_tensors
 from switchdit.engine.reference_names import (
@@ -30,7 +31,6 @@ from switchdit.models import SYSTEMS, model_fields, system_of
 ENTRIES = ("ema", "model")
 WRAPPERS = ("state_dict", "module")  # how other trainers (the second is DeepSpeed) call the entry
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-MODEL_METADATA = "switchdit_model"  # in a converted file: JSON, the arguments of `build_model`
 
 
 def load_reference_checkpoint(
@@ -41,7 +41,7 @@ def load_reference_checkpoint(
     Args:
         path_or_state_dict: tensors under the authors' names, or a training checkpoint that holds them under ``which``;
             as a dict, a ``.safetensors`` file or a ``torch.save`` file, of which nothing is ever executed. Or a file
-            that `tools/convert_checkpoint.py` wrote.
+            that `tools/convert_checkpoint.py` wrote, or the ``ema.safetensors`` of a run.
         which: ``"ema"`` or ``"model"``: the entry taken from a training checkpoint.
 
     Raises:
@@ -49,7 +49,6 @@ def load_reference_checkpoint(
             name; weights that were trained with another routing. The model is then unchanged.
     """
     system = next((name for name, model_class in SYSTEMS.items() if type(model) is model_class), type(model).__name__)
-    check_known_to_authors(system, vars(model))
     if isinstance(path_or_state_dict, dict):
         source, described = "the state dict", None
         weights = choose_state_dict(path_or_state_dict, which, source, Tensor)
@@ -57,6 +56,7 @@ def load_reference_checkpoint(
         source = f"checkpoint '{path_or_state_dict}'"
         weights, described = read_weights(path_or_state_dict, which)
     if described is None:
+        check_known_to_authors(system, vars(model))
         weights = with_one_channel_mask(weights, source)
         check_fit(model, system, weights, source)
         _check_routing(model, weights, source)

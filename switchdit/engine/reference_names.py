@@ -109,6 +109,7 @@ def derived_tables(system: str, fields: dict[str, Any]) -> dict[str, Tensor]:
         mask = (fields["hidden_size"], num_timesteps, fields["alpha"], fields["beta"], fields["channel_mask"])
         return {CHANNEL_MASK: channel_mask(*mask)}
     if system == "Switch-DiT":
+        # the table of `prior_mask`, but for widths such as (5, 11, 3) where the authors' int() rounds down
         columns, share = fields["depth"] * fields["num_experts"], fields["top_k"] / fields["num_experts"]
         prior = channel_mask(columns, num_timesteps, ALPHA, share)
         return {PRIOR: prior, TIMESTEPS: torch.arange(num_timesteps)}

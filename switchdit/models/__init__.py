@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 from torch import nn
@@ -85,13 +87,14 @@ def model_fields(name: str, **overrides: Any) -> dict[str, Any]:
     return fields
 
 
-def build_model(name: str, **overrides: Any) -> DiT:
+def build_model(name: str, **overrides: Any) -> nn.Module:
     """A model by its published name, e.g. ``build_model("Switch-DiT-S/2", num_classes=10, depth=6)``.
 
     Works in a single process without torch.distributed; with ``ep_size > 1`` torch.distributed must be initialised.
 
     Args:
-        name: ``{DiT, Switch-DiT}-{S, B, L, XL}/{2, 4, 8}``.
+        name: ``{DiT, DTR, Switch-DiT, Diff-MoE, Multi-Expert-DiT}-{S, B, L, XL}/{2, 4, 8}``, or
+            ``Diff-MoE-{S, B, L}/2_v2``.
         overrides: any of the fields that `model_fields` returns.
 
     Raises:
@@ -135,12 +138,15 @@ def _same_type(key: str, value: Any, like: Any) -> Any:
         if value not in CHOICES[key]:
             raise UserError(f"model field '{key}' must be one of {', '.join(CHOICES[key])}, not {value!r}")
         return value
+    if isinstance(like, float) and isinstance(value, str):  # YAML reads 1e-1, without a dot, as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(like, bool):
         valid = isinstance(value, bool)
     elif isinstance(like, int):
         valid = isinstance(value, int) and not isinstance(value, bool)
     else:
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not valid:
         raise UserError(f"model field '{key}' must be of type {type(like).__name__}, not {value!r}")
     return type(like)(value)
@@ -166,8 +172,8 @@ def _check(f: dict[str, Any]) -> None:
                 f"hidden_size ({f['hidden_size']}) must be divisible by 4 num_heads ({4 * f['num_heads']}), for 2-D "
                 "rotary positions"
             )
-    if not 0 < f["mlp_ratio"] * f["hidden_size"] < 2**31:
-        raise UserError(f"mlp_ratio ({f['mlp_ratio']}) must be a number above 0")
+    if not 1 <= f["mlp_ratio"] * f["hidden_size"] < 2**31:
+        raise UserError(f"mlp_ratio ({f['mlp_ratio']}) must be a number above 0 that gives the MLP a width")
     if f.get("num_denoisers", 1) < 1:
         raise UserError(f"model field 'num_denoisers' must be at least 1, not {f['num_denoisers']}")
     if "beta" in f and not 1 <= int(f["hidden_size"] * f["beta"]) <= f["hidden_size"]:

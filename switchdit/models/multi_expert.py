@@ -1,7 +1,7 @@
 """The multi-expert baseline: whole denoisers side by side, each for its own range of timesteps.
 
 This is what Switch-DiT is compared with in the paper (Table 1), and how eDiff-I (arXiv 2211.01324) isolates noise
-levels: nothing is shared, so that E denoisers cost E times the parameters and the arithmetic of one.
+levels: nothing is shared, so that E denoisers have E times the parameters, of which a timestep uses one E-th.
 
     N = samples, C = latent channels, T = timesteps, E = denoisers
 """
@@ -26,16 +26,18 @@ class MultiExpertDiT(nn.Module):
         self.class_dropout_prob = first.class_dropout_prob
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
-        """As `DiT.forward`. Every denoiser takes part, also with no samples, so that each parameter has a gradient."""
+        """As `DiT.forward`. In training, a denoiser without samples has gradients of zero rather than none."""
         num_denoisers = len(self.denoisers)
         owner = (t * num_denoisers // self.num_timesteps).long().clamp(0, num_denoisers - 1)
         if drop_label is None and self.training and self.class_dropout_prob > 0:
             drop_label = torch.rand(len(y), device=y.device) < self.class_dropout_prob
-        parts, order = [], []
+        parts, order, idle = [], [], 0.0
         for i, denoiser in enumerate(self.denoisers):
             mine = (owner == i).nonzero().squeeze(1)
-            if len(mine) or self.training:
+            if len(mine):
                 denoiser.class_dropout_prob = self.class_dropout_prob
                 parts.append(denoiser(x[mine], t[mine], y[mine], None if drop_label is None else drop_label[mine]))
                 order.append(mine)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+            elif self.training:  # attention kernels refuse empty batches; ZeRO's hooks need every gradient
+                idle = idle + 0.0 * sum(p.sum() for p in denoiser.parameters() if p.requires_grad)
+        return torch.cat(parts)[torch.cat(order).argsort()] + idle
