@@ -1,6 +1,9 @@
 """The load-balance loss: experts are made to get equal shares of what is routed (Switch Transformer, Eq. 4 to 6).
 
-R = rows that are routed (tokens, or samples), E = experts, k = top-k
+    R = rows that are routed (tokens, or samples), E = experts, k = top-k
+
+Over the rows of one process's micro-batch: with few of them the shares are far from what a whole batch has, so that the
+loss, unlike the others, depends on how the batch is cut.
 """
 
 from __future__ import annotations

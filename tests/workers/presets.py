@@ -110,8 +110,9 @@ def try_preset(path: Path, out: Path) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     init_processes()
-    out = Path(sys.argv[1])
-    results = {path: try_preset(Path(path), out / Path(path).stem) for path in sys.argv[2:]}
+    folder, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    out = Path(folder)
+    results = {path: try_preset(Path(path), out / Path(path).stem) for path in paths}
     (out / "results.json").write_text(json.dumps(results))
     leave()
 
