@@ -141,3 +141,39 @@ def test_hub_name_without_a_network_says_what_to_do(monkeypatch, capsys):
 def test_size_that_is_not_divisible_is_refused(folder):
     with pytest.raises(UserError, match="15 is not a multiple of 2"):
         load_autoencoder(folder).latent_shape(15)
+
+
+def test_pixels_are_their_own_latents(tmp_path, monkeypatch):
+    """All 255 levels come back, through float16 as files hold them; and there is nothing to download."""
+    monkeypatch.chdir(tmp_path)
+    pixels = load_autoencoder("pixels")
+    levels = torch.arange(256).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    mean, std = pixels.encode(levels / 127.5 - 1)
+    assert (std == 0).all() and pixels.bounded
+    assert torch.equal(pixels.decode(mean.half().float()), levels.permute(0, 2, 3, 1).to(torch.uint8))
+    assert (pixels.scale_factor, pixels.latent_shape(16)) == (1.0, (3, 16, 16))
+    assert pixels.identity == load_autoencoder("pixels").identity
+    (tmp_path / "pixels").mkdir()
+    with pytest.raises(UserError, match="autoencoder pixels has no config"):  # a folder of that name is one
+        load_autoencoder("pixels")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_predicted_pixels_are_limited(sampler, monkeypatch):
+    """An untrained model under the cosine schedule foresees images of any size; pixels have none beyond 1."""
+    from switchdit import build_model
+    from switchdit.config import SampleConfig
+    from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
+    from switchdit.engine.generate import generate
+
+    torch.manual_seed(0)
+    model = build_model("DiT-S/2", input_size=8, in_channels=3, depth=1, hidden_size=32, num_heads=2, num_classes=2)
+    autoencoder, seen = load_autoencoder("pixels"), []
+    monkeypatch.setattr(type(autoencoder), "decode", lambda _, latents: seen.append(latents) or latents)
+    options = SampleConfig(num_steps=5, sampler=sampler, cfg_scale=1.0)
+    process = GaussianDiffusion(make_betas("cosine", 1000))
+    generate(model.eval(), process, autoencoder, torch.tensor([0, 1]), [0, 1], options, seed=0)
+    monkeypatch.setattr(type(autoencoder), "bounded", False)
+    generate(model.eval(), process, autoencoder, torch.tensor([0, 1]), [0, 1], options, seed=0)
+    limited, unlimited = (float(latents.abs().max()) for latents in seen)
+    assert limited <= 1 + 1e-6 < 2 < unlimited

@@ -44,6 +44,8 @@ class Autoencoder:
     latent_channels: int
     downsampling: int
 
+    bounded = False  # whether latents lie between -1 and 1
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -82,6 +84,7 @@ class PixelAutoencoder(Autoencoder):
     """No autoencoder: images are their own latents, 3 channels from -1 to 1. For small images; ``vae: pixels``."""
 
     device = torch.device("cpu")  # nothing is computed
+    bounded = True
 
     def __init__(self):
         identity = {"name": PIXELS, "sha256": hashlib.sha256(PIXELS.encode()).hexdigest()}

@@ -154,8 +154,8 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[s
     """
     state = read_state(path)
     for key, value in about.items():
-        if state.get(key) != value:
-            raise UserError(f"checkpoint '{path}' is of another {_difference(key, state.get(key), value)}")
+        if key in state and state[key] != value:  # what an older version did not write cannot be compared
+            raise UserError(f"checkpoint '{path}' is of another {_difference(key, state[key], value)}")
     if state["topology"] != _topology(engine):
         raise UserError(
             f"checkpoint '{path}' is of another {_difference('topology', state['topology'], _topology(engine))}"

@@ -65,7 +65,7 @@ def generate(
     seed: int,
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Sample and decode.
+    """Sample and decode. Predictions of bounded latents (pixels) are limited to -1 .. 1, but for rectified flow.
 
     Args:
         process: with its full schedule, which is respaced to ``options.num_steps``.
@@ -84,13 +84,13 @@ def generate(
         interval = [process.model_time(t / process.num_timesteps) for t in interval]
     guidance = (options.cfg_scale, options.guided_channels, interval)
     denoise = guided(model, labels.to(device), model.null_label, *guidance)
-    start = noise()
+    start, clip = noise(), autoencoder.bounded
     if flow:
         steps = euler_steps(denoise, process, start, options.num_steps)
     elif options.sampler == "ddim":
-        steps = ddim_steps(denoise, process.respaced(options.num_steps), start, noise, eta=options.eta)
+        steps = ddim_steps(denoise, process.respaced(options.num_steps), start, noise, clip, eta=options.eta)
     else:
-        steps = ddpm_steps(denoise, process.respaced(options.num_steps), start, noise)
+        steps = ddpm_steps(denoise, process.respaced(options.num_steps), start, noise, clip)
     latents = start
     for step in steps:
         latents = step.x
