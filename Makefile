@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-# what takes minutes: the whole metric protocol on a full-size network
+# what takes minutes: the metric protocol on a full-size network, a comparison of systems, more processes and precisions
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
 

@@ -159,11 +159,10 @@ def test_diff_moe_by_rectified_flow(tmp_path, latents):
         latents,
         model={"name": "Diff-MoE-S/2", "num_experts": 3, "top_k": 2, "num_shared_experts": 1, "mlp_ratio": 2.0},
         diffusion={"process": "rectified_flow", "schedule": "cosine"},
-        sample={"sampler": "euler"},
+        sample={"sampler": "euler", "num_steps": 10},
     )
     one = samples(run, "one", 1, "--batch-size", 5)["arr_0"]
     assert (one.mean((1, 2)).argmax(1) == np.arange(NUM_IMAGES) % 3).all()
     assert np.array_equal(one, samples(run, "three", 3, "--batch-size", 4)["arr_0"])
     interval = samples(run, "interval", 1, "sample.guidance_interval=[0,500]")["arr_0"]
-    unguided = samples(run, "unguided", 1, "sample.cfg_scale=1.0")["arr_0"]
-    assert not np.array_equal(interval, one) and not np.array_equal(interval, unguided)
+    assert not np.array_equal(interval, one)

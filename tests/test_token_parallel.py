@@ -9,6 +9,11 @@ TOLERANCE = 1e-5  # float32, relative to the largest entry of a tensor
 EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"
 
 
+def slow(num_processes: int) -> list[pytest.MarkDecorator]:
+    """Four processes are what test_expert_parallel.py tries every time, with the same groups."""
+    return [pytest.mark.slow] if num_processes > 2 else []
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each (processes, ep_size) came to, trained on demand."""
@@ -39,7 +44,8 @@ def worst_errors(ours: dict, expected: dict, cases: tuple[str, ...]) -> dict[str
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "ep_size"), [pytest.param(n, e, marks=pytest.mark.world_size(n)) for n, e in TOPOLOGIES]
+    ("num_processes", "ep_size"),
+    [pytest.param(n, e, marks=[pytest.mark.world_size(n), *slow(n)]) for n, e in TOPOLOGIES],
 )
 def test_same_as_one_process(results, num_processes, ep_size):
     one, many = results(1, 1), results(num_processes, ep_size)
