@@ -11,6 +11,7 @@ from switchdit.data import latent_shards as shards
 from switchdit.data.latent_dataset import LatentDataset
 from switchdit.errors import UserError
 
+LABELS = "labels_00000.npy"
 SHARD_SIZES = (4, 0, 3, 4, 1)  # the second lost all its images to --skip-bad
 TOTAL = sum(SHARD_SIZES)
 
@@ -22,7 +23,8 @@ def write_dataset(path):
     parts = np.split(everything, np.cumsum(SHARD_SIZES)[:-1])
     sidecars = [shards.write_shard(path, index, part, plan, "s") for index, part in enumerate(parts)]
     labels = np.arange(TOTAL) % 3
-    shards.write_manifest(path, plan, sidecars, labels, ["a", "b", "c"], {"name": "n", "sha256": "v" * 64})
+    names = [f"{i}.png" for i in range(TOTAL)]
+    shards.write_manifest(path, plan, sidecars, labels, names, ["a", "b", "c"], {"name": "n", "sha256": "v" * 64})
     return everything, labels
 
 
@@ -90,10 +92,10 @@ def swap_shards(path):
     [
         (lambda path: (path / shards.MANIFEST).unlink(), "not complete.*run the same extraction command again"),
         (lambda path: (path / shards.MANIFEST).write_text("{"), "not JSON"),
-        (lambda path: (path / shards.LABELS).unlink(), "labels.npy is missing"),
-        (lambda path: cut(path, shards.LABELS), "labels.npy is missing or damaged"),
-        (lambda path: np.save(path / shards.LABELS, np.zeros(5, np.int64)), r"\(5,\), the manifest says"),
-        (lambda path: np.save(path / shards.LABELS, np.full(TOTAL, 7)), "classes 7 to 7"),
+        (lambda path: (path / LABELS).unlink(), "labels_00000.npy is missing"),
+        (lambda path: cut(path, LABELS), "labels_00000.npy is missing or damaged"),
+        (lambda path: np.save(path / LABELS, np.zeros(5, np.int64)), r"\(5,\), the manifest says"),
+        (lambda path: np.save(path / LABELS, np.full(TOTAL, 7)), "classes 7 to 7"),
         (lambda path: (path / "shard_00003.npy").unlink(), "shard_00003.npy is missing"),
         (lambda path: cut(path, "shard_00002.npy"), "shard_00002.npy has"),
         (swap_shards, r"shard_00002.npy holds float16 \(1,"),
@@ -108,7 +110,7 @@ def test_damaged_data_set_is_refused_and_the_file_named(tmp_path, damage, messag
 
 def test_pickled_arrays_are_never_loaded(tmp_path):
     write_dataset(tmp_path)
-    np.save(tmp_path / shards.LABELS, np.array([print] * TOTAL, object), allow_pickle=True)
+    np.save(tmp_path / LABELS, np.array([print] * TOTAL, object), allow_pickle=True)
     with pytest.raises(UserError, match="damaged"):
         LatentDataset(tmp_path)
 

@@ -89,7 +89,8 @@ def test_manifest_describes_the_files(tmp_path):
         shards.write_shard(tmp_path, i, moments(n), PLAN, "s", bad) for i, n, bad in [(0, 2, []), (1, 1, ["x"])]
     ]
     (tmp_path / f".{shards.MANIFEST}.7.partial").write_text("of a killed run")
-    shards.write_manifest(tmp_path, PLAN, sidecars, np.array([0, 1, 1]), ["cat", "dog"], {"name": "n", "sha256": "v"})
+    labels, vae = np.array([0, 1, 1]), {"name": "n", "sha256": "v"}
+    shards.write_manifest(tmp_path, PLAN, sidecars, labels, ["a", "b", "c"], ["cat", "dog"], vae)
     manifest = shards.read_manifest(tmp_path)
     assert manifest["num_images"] == 3
     assert manifest["skipped"] == ["x"]
@@ -97,7 +98,7 @@ def test_manifest_describes_the_files(tmp_path):
     for entry in manifest["shards"]:
         assert entry["sha256"] == shards.sha256_of(tmp_path / entry["file"])
         assert entry["bytes"] == (tmp_path / entry["file"]).stat().st_size
-    assert np.load(tmp_path / shards.LABELS).dtype == np.int64
+    assert np.load(tmp_path / manifest["labels"]["file"]).dtype == np.int64
     assert not list(tmp_path.glob(".*"))
 
 
@@ -115,7 +116,7 @@ def test_manifest_describes_the_files(tmp_path):
 def test_manifest_edited_by_hand_is_refused(tmp_path, change, message):
     sidecar = shards.write_shard(tmp_path, 0, moments(3), PLAN, "s")
     labels, vae = np.array([0, 1, 1]), {"name": "n", "sha256": "v"}
-    manifest = shards.write_manifest(tmp_path, PLAN, [sidecar], labels, ["cat", "dog"], vae)
+    manifest = shards.write_manifest(tmp_path, PLAN, [sidecar], labels, ["a", "b", "c"], ["cat", "dog"], vae)
     (tmp_path / shards.MANIFEST).write_text(json.dumps({**manifest, **change}))
     with pytest.raises(UserError, match=message):
         shards.read_manifest(tmp_path)

@@ -36,7 +36,8 @@ def write_latents(folder: Path, num_images: int = NUM_IMAGES, image_size: int = 
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, num_images, plan.shard_size)
     sidecars = [write_shard(folder, i, moments[s : s + plan.shard_size], plan, "test") for i, s in enumerate(starts)]
-    write_manifest(folder, plan, sidecars, labels, [str(c) for c in range(NUM_CLASSES)], VAE)
+    names = [f"{i}.png" for i in range(num_images)]
+    write_manifest(folder, plan, sidecars, labels, names, [str(c) for c in range(NUM_CLASSES)], VAE)
     return folder
 
 

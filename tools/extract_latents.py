@@ -38,8 +38,10 @@ from switchdit.data.latent_shards import (
     MANIFEST,
     Plan,
     check_same_plan,
+    default_shard_size,
     digest_of,
     finished_shard,
+    image_shape,
     owned_shards,
     shard_ranges,
     to_float16,
@@ -172,13 +174,14 @@ def wait_for_others(job: Job) -> list[dict[str, Any]]:
 def finish(job: Job, sidecars: list[dict[str, Any]], vae: dict[str, str]) -> dict[str, Any]:
     """Write labels and manifest of the complete set of shards; return the manifest."""
     skipped = {name for sidecar in sidecars for name in sidecar["skipped"]}
-    kept = zip(job.folder.names, job.folder.labels, strict=True)
-    labels = np.array([label for name, label in kept if name not in skipped], np.int64)
-    if not len(labels):
+    images = zip(job.folder.names, job.folder.labels, strict=True)
+    kept = [(name, label) for name, label in images if name not in skipped]
+    if not kept:
         raise UserError(f"not one image in {job.folder.root} could be read")
+    names, labels = zip(*kept, strict=True)
     for path in job.out.glob(".rank_*.alive"):  # also of a killed run with more processes
         path.unlink(missing_ok=True)
-    return write_manifest(job.out, job.plan, sidecars, labels, job.folder.class_names, vae)
+    return write_manifest(job.out, job.plan, sidecars, np.array(labels), names, job.folder.class_names, vae)
 
 
 # ---------------------------------------------------------------------------------------------- the program
@@ -194,14 +197,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae", required=True, help="folder of an AutoencoderKL, or a hub name")
     parser.add_argument("--image-size", type=int, default=256, help="pixels (default 256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
-    parser.add_argument("--shard-size", type=int, default=4096, help="images in a shard file (default 4096)")
+    parser.add_argument("--shard-size", type=int, help="images in a shard file (default: as many as make 256 MB)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="arithmetic of the encoder")
     parser.add_argument("--workers", type=int, default=min(8, cores), help="threads that decode images, per process")
     parser.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and list them")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     args = parser.parse_args(argv)
     for option in ("image_size", "batch_size", "shard_size", "workers"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
     data, out = args.data.resolve(), args.out.resolve()
     if out == data or data in out.parents:
@@ -245,12 +248,13 @@ def extract(args: argparse.Namespace) -> None:
     say = print if rank == 0 else lambda *_, **__: None
     folder = list_images(args.data)
     autoencoder = load_for_rank(args)
+    latent_shape = autoencoder.latent_shape(args.image_size)
     plan = Plan(
         images=digest_of(folder.names),
         num_files=len(folder.names),
         image_size=args.image_size,
-        latent_shape=autoencoder.latent_shape(args.image_size),
-        shard_size=args.shard_size,
+        latent_shape=latent_shape,
+        shard_size=args.shard_size or default_shard_size(image_shape(latent_shape, True, "moments")),
         encoder_dtype=args.dtype,
         vae_sha256=autoencoder.identity["sha256"],
         scale_factor=autoencoder.scale_factor,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from switchdit.data.latent_shards import CONTINUE, LABELS, read_manifest
+from switchdit.data.latent_shards import CONTINUE, image_shape, read_manifest
 from switchdit.errors import UserError
 from switchdit.files import sha256_of
 from switchdit.progress import progress
 
-# N = images in the data set, n = images asked for, (C, h, w) = latent_shape
+# N = images in the data set, n = images asked for, (C, h, w) = latent_shape, V = views, K = numbers per value
 
 
 class LatentDataset:
@@ -19,6 +19,7 @@ class LatentDataset:
 
     labels: int64 (N,). latent_shape: (C, h, w). scale_factor: of the autoencoder; NOT yet applied to what `moments`
     returns. vae_sha256: of the autoencoder's weights. image_size: in pixels. has_flip: flipped latents are stored.
+    stored: "moments", or "sample" for one draw from the posterior, whose standard deviation reads as zero.
 
     Opening checks sizes, counts and shapes of all files against the manifest, not their content: `verify` does that.
     """
@@ -33,6 +34,8 @@ class LatentDataset:
         self.vae_sha256: str = self.manifest["vae"]["sha256"]
         self.image_size: int = self.manifest["image_size"]
         self.has_flip: bool = self.manifest["flip"]
+        self.stored: str = self.manifest["stored"]
+        self._image_shape = image_shape(self.latent_shape, self.has_flip, self.stored)
         self.labels = self._open_labels()
         self._shards = [self._open_shard(entry) for entry in self.manifest["shards"]]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
@@ -56,7 +59,10 @@ class LatentDataset:
             )
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices from {indices.min()} to {indices.max()} for {len(self)} images")
-        both = np.empty((len(indices), 2, *self.latent_shape), np.float32)
+        if not self.has_flip and flipped.any():
+            raise ValueError(f"{self.path} holds no flipped images")
+        moments = np.zeros((len(indices), 2, *self.latent_shape), np.float32)
+        numbers = self._image_shape[1]
         shard_of = np.searchsorted(self._ends, indices, side="right")
         order = np.argsort(shard_of, kind="stable")
         starts = np.flatnonzero(np.diff(shard_of[order], prepend=-1))
@@ -65,12 +71,12 @@ class LatentDataset:
                 continue
             shard = self._shards[shard_of[group[0]]]
             within = indices[group] - (self._ends[shard_of[group[0]]] - len(shard))
-            both[group] = shard[within, flipped[group].astype(np.intp)]
-        return both[:, 0], both[:, 1]
+            moments[group, :numbers] = shard[within, flipped[group].astype(np.intp)]
+        return moments[:, 0], moments[:, 1]
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the manifest; `UserError` naming the first damaged one."""
-        entries = [self.manifest["labels"], *self.manifest["shards"]]
+        entries = [self.manifest["labels"], self.manifest["names"], *self.manifest["shards"]]
         for entry in progress(entries, desc=f"checking {self.path}", unit="file"):
             if sha256_of(self.path / entry["file"]) != entry["sha256"]:
                 raise UserError(
@@ -79,7 +85,7 @@ class LatentDataset:
                 )
 
     def _open_labels(self) -> np.ndarray:
-        path = self.path / LABELS
+        path = self.path / self.manifest["labels"]["file"]
         try:
             labels = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as problem:
@@ -95,7 +101,7 @@ class LatentDataset:
         return labels
 
     def _open_shard(self, entry: dict) -> np.ndarray:
-        """Memory map of one shard, float16 (num, 2, 2, C, h, w)."""
+        """Memory map of one shard, float16 (num, V, K, C, h, w)."""
         path = self.path / entry["file"]
         if not path.is_file():
             raise UserError(f"shard {path} is missing; {CONTINUE}")
@@ -106,7 +112,7 @@ class LatentDataset:
             shard = np.load(path, mmap_mode="r" if entry["num"] else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as problem:
             raise UserError(f"shard {path} is damaged: {problem}") from problem
-        shape = (entry["num"], 2, 2, *self.latent_shape)
+        shape = (entry["num"], *self._image_shape)
         if shard.shape != shape or shard.dtype != np.float16:
             raise UserError(f"shard {path} holds {shard.dtype} {shard.shape}, the manifest says float16 {shape}")
         return shard

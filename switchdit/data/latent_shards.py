@@ -1,18 +1,25 @@
 """The files of an extracted data set: how they are named, written, resumed and described.
 
-    OUT/shard_00000.npy    float16 (n, 2, 2, C, h, w) = (image, [as is, flipped], [mean, std], C, h, w), UNscaled
+    OUT/shard_00000.npy    float16 (n, V, K, C, h, w), UNscaled: n images, V views, K numbers for each latent value
     OUT/shard_00000.json   sidecar, written after its shard: the shard is whole and made by this plan from these files
-    OUT/labels.npy         int64 (N,), class of each image in the order of the shards
+    OUT/labels_00000.npy   int64 (N,), class of each image in the order of the shards
+    OUT/names_00000.json   N strings, where each image came from
     OUT/manifest.json      written last: its presence means that the data set is complete
 
+The views are the image and its mirror image (V = 2), or the image alone (V = 1). The numbers are mean and standard
+deviation of the autoencoder's posterior (K = 2, ``stored: moments``) or one draw from it (K = 1, ``stored: sample``).
+
 Which image stands where depends on the sorted list of files and the shard size alone, not on the number of
-processes. Every file is whole or absent; what a killed run leaves under a temporary name is never read.
+processes. Every file is whole or absent; what a killed run leaves under a temporary name is never read. Images
+appended later get shards of their own, and labels and names of all images are written anew under the next number, so
+that the manifest in place describes a complete data set at any moment.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +28,17 @@ from typing import Any
 
 import numpy as np
 
+import switchdit
 from switchdit.errors import UserError
 from switchdit.files import atomic_write, sha256_of, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-LABELS = "labels.npy"
 SHARD_FILE = re.compile(r"shard_\d{5,}\.npy")
+LABELS_FILE = re.compile(r"labels_\d{5,}\.npy")
+NAMES_FILE = re.compile(r"names_\d{5,}\.json")
+STORED = {"moments": 2, "sample": 1}  # numbers kept for each latent value: K
+SHARD_BYTES = 1 << 28
 CONTINUE = "run the same extraction command again to continue"
 
 
@@ -49,11 +60,28 @@ class Plan:
     scale_factor: float
     transform: str
     flip: bool = True
+    stored: str = "moments"
+    first_shard: int = 0  # above 0 for images appended to a complete data set
     format_version: int = FORMAT_VERSION
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(V, K, C, h, w)"""
+        return image_shape(self.latent_shape, self.flip, self.stored)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as it looks after a round trip through a JSON file."""
         return {**asdict(self), "latent_shape": list(self.latent_shape)}
+
+
+def image_shape(latent_shape: Sequence[int], flip: bool, stored: str) -> tuple[int, ...]:
+    """(V, K, C, h, w), what is stored of one image."""
+    return (2 if flip else 1, STORED[stored], *latent_shape)
+
+
+def default_shard_size(shape: Sequence[int]) -> int:
+    """Images of `image_shape` that make a shard of about 256 MB."""
+    return max(1, SHARD_BYTES // (2 * math.prod(shape)))
 
 
 def digest_of(names: Sequence[str], sizes: Sequence[int] = ()) -> str:
@@ -135,10 +163,10 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one shard, then the sidecar that makes it count; return the sidecar.
 
-    moments: float16 (n, 2, 2, C, h, w), the images of the shard in order, without those named in ``skipped``.
+    moments: float16 (n, V, K, C, h, w), the images of the shard in order, without those named in ``skipped``.
     """
     assert moments.dtype == np.float16, moments.dtype
-    assert moments.shape[1:] == (2, 2, *plan.latent_shape), moments.shape
+    assert moments.shape[1:] == plan.image_shape, moments.shape
     shard, sidecar = out / shard_name(index), sidecar_path(out, index)
     remove_leftovers(out, shard.name, sidecar.name)
     sidecar.unlink(missing_ok=True)  # of an earlier, no longer valid shard
@@ -162,17 +190,25 @@ def write_manifest(
     plan: Plan,
     sidecars: Sequence[dict[str, Any]],
     labels: np.ndarray,
+    names: Sequence[str],
     class_names: Sequence[str],
     vae: dict[str, str],
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Write ``labels.npy`` (labels: integers (N,), skipped images left out), then ``manifest.json``; return the latter.
+    """Write labels and names, then ``manifest.json``, and remove what the former manifest named; return the new one.
 
-    sidecars: of all shards, in order.
+    sidecars: of all shards, in order. labels: integers (N,), names: N strings, both without skipped images.
+    earlier: ``sources`` of the manifest that these images are appended to.
     """
-    assert len(labels) == sum(sidecar["num"] for sidecar in sidecars)
-    remove_leftovers(out, LABELS, MANIFEST)
-    with atomic_write(out / LABELS) as file:
+    assert len(labels) == len(names) == sum(sidecar["num"] for sidecar in sidecars)
+    number = f"{len(earlier):05d}"
+    labels_path, names_path = out / f"labels_{number}.npy", out / f"names_{number}.json"
+    remove_leftovers(out, labels_path.name, names_path.name, MANIFEST)
+    with atomic_write(labels_path) as file:
         np.lib.format.write_array(file, labels.astype(np.int64), allow_pickle=False)
+    with atomic_write(names_path) as file:
+        file.write(json.dumps(list(names)).encode())
+    source = {"images": plan.images, "num_files": plan.num_files, "first_shard": plan.first_shard}
     manifest = {
         "format_version": FORMAT_VERSION,
         "num_images": len(labels),
@@ -182,15 +218,23 @@ def write_manifest(
         "latent_shape": list(plan.latent_shape),
         "dtype": "float16",
         "flip": plan.flip,
+        "stored": plan.stored,
         "scale_factor": plan.scale_factor,
         "vae": dict(vae),
         "encoder_dtype": plan.encoder_dtype,
         "transform": plan.transform,
-        "labels": {"file": LABELS, "sha256": sha256_of(out / LABELS)},
+        "code_version": switchdit.__version__,
+        "labels": {"file": labels_path.name, "sha256": sha256_of(labels_path)},
+        "names": {"file": names_path.name, "sha256": sha256_of(names_path)},
+        "sources": [*earlier, source],
         "shards": [{key: sidecar[key] for key in ("file", "num", "bytes", "sha256")} for sidecar in sidecars],
         "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
     }
     write_json(out / MANIFEST, manifest)
+    for path in out.iterdir():
+        outdated = path.name not in (labels_path.name, names_path.name)
+        if outdated and (LABELS_FILE.fullmatch(path.name) or NAMES_FILE.fullmatch(path.name)):
+            path.unlink()
     return manifest
 
 
@@ -243,6 +287,18 @@ def _fault_of(manifest: dict[str, Any]) -> str | None:
     def text(value: Any) -> bool:
         return isinstance(value, str)
 
+    def described(value: Any, name: re.Pattern) -> bool:
+        # Any other name could point outside the folder.
+        return (
+            isinstance(value, dict)
+            and text(value.get("file"))
+            and name.fullmatch(value["file"]) is not None
+            and text(value.get("sha256"))
+        )
+
+    def shard(value: Any) -> bool:
+        return described(value, SHARD_FILE) and count(value.get("num")) and count(value.get("bytes"))
+
     checks = {
         "num_images": count,
         "num_classes": count,
@@ -250,24 +306,16 @@ def _fault_of(manifest: dict[str, Any]) -> str | None:
         "image_size": count,
         "latent_shape": lambda v: isinstance(v, list) and len(v) == 3 and all(map(count, v)),
         "dtype": lambda v: v == "float16",
-        "flip": lambda v: v is True,
+        "flip": lambda v: isinstance(v, bool),
+        "stored": lambda v: text(v) and v in STORED,
         "scale_factor": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"),
         "vae": lambda v: isinstance(v, dict) and text(v.get("name")) and text(v.get("sha256")),
-        "labels": lambda v: isinstance(v, dict) and v.get("file") == LABELS and text(v.get("sha256")),
+        "labels": lambda v: described(v, LABELS_FILE),
+        "names": lambda v: described(v, NAMES_FILE),
+        "sources": lambda v: isinstance(v, list) and all(isinstance(entry, dict) for entry in v),
         "shards": lambda v: isinstance(v, list) and all(map(shard, v)),
         "skipped": lambda v: isinstance(v, list),
     }
-
-    def shard(value: Any) -> bool:
-        # A name that is no plain shard name could point outside the folder.
-        return (
-            isinstance(value, dict)
-            and text(value.get("file"))
-            and SHARD_FILE.fullmatch(value["file"]) is not None
-            and count(value.get("num"))
-            and count(value.get("bytes"))
-            and text(value.get("sha256"))
-        )
 
     for key, valid in checks.items():
         if not valid(manifest.get(key)):
