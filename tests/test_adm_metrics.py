@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tools.adm_metrics
+import tools.distances
 from tools.adm_metrics import (
     FeatureStatistics,
     frechet_distance,
     inception_score,
+    kernel_distance,
     neighbour_radii,
     precision_recall,
 )
@@ -47,6 +48,14 @@ def test_precision_and_recall_equal_the_evaluators(reference, sample):
     assert precision_recall(reference["features"], sample["features"]) == tuple(sample["precision_recall"])
 
 
+@pytest.fixture(params=[10_000, 700])
+def block_size(request, monkeypatch):
+    """One block, as the goldens have, and several, whose mirrored halves come from the same products."""
+    monkeypatch.setattr(tools.distances, "BLOCK", request.param)
+    monkeypatch.setattr(tools.distances, "STRIP", request.param // 7)
+
+
+@pytest.mark.usefixtures("block_size")
 def test_float16_radii_are_the_evaluators_within_two_steps(reference, sample):
     for golden in (reference, sample):
         radii = neighbour_radii(torch.from_numpy(golden["features"])).numpy()
@@ -55,11 +64,13 @@ def test_float16_radii_are_the_evaluators_within_two_steps(reference, sample):
         np.testing.assert_allclose(radii, golden["radii"], rtol=2**-9)
 
 
+@pytest.mark.usefixtures("block_size")
 def test_overflow_of_float16_falls_back_to_float32(reference):
     radii = neighbour_radii(torch.from_numpy(reference["features"] * 60)).numpy()
     np.testing.assert_allclose(radii, reference["radii_times_60"], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("block_size")
 def test_float64_radii_equal_the_golden_ones(reference, sample):
     for golden in (reference, sample):
         radii = neighbour_radii(torch.from_numpy(golden["features"]), distances="float64").numpy()
@@ -179,6 +190,24 @@ def test_frechet_distance_refuses_shapes_and_infinities():
         frechet_distance(np.zeros(2), np.eye(2), np.array([0, np.inf]), np.eye(2))
 
 
+@pytest.mark.parametrize("distances", ["float16", "float32", "float64"])
+def test_known_radii_are_used_and_change_nothing(reference, sample, distances):
+    sets = [golden["features"][:200] for golden in (reference, sample)]
+    radii = [neighbour_radii(features, distances=distances).numpy() for features in sets]
+    computed = precision_recall(*sets, distances=distances)
+    assert precision_recall(*sets, 3, distances, *radii) == computed
+    assert precision_recall(*sets, 3, distances, None, 0 * radii[1])[1] < computed[1]
+    with pytest.raises(ValueError, match=r"\(200,\) radii for 199 images"):
+        precision_recall(sets[0][:199], sets[1], 3, distances, radii[0])
+
+
+def test_radii_that_float16_does_not_have_are_compared_in_float32():
+    # Reference 0 and sample 0 are 3 apart; float16 would round the radius of 8.999 up to 9.
+    reference, sample = -torch.arange(4.0)[:, None], 3 + torch.arange(4.0)[:, None]
+    assert precision_recall(reference, sample, 3, "float16", torch.tensor([9.0, 1, 1, 1]), torch.zeros(4)) == (0.25, 0)
+    assert precision_recall(reference, sample, 3, "float16", torch.tensor([8.999, 1, 1, 1]), torch.zeros(4)) == (0, 0)
+
+
 def brute_force(reference, sample, k):
     def squared(a, b):
         return ((a[:, None].astype(np.float64) - b[None]) ** 2).sum(-1)
@@ -194,8 +223,8 @@ def brute_force(reference, sample, k):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("block", [(10_000, 1_000), (90, 40)])
 def test_float64_precision_and_recall_equal_brute_force(monkeypatch, k, block):
-    monkeypatch.setattr(tools.adm_metrics, "BLOCK", block[0])
-    monkeypatch.setattr(tools.adm_metrics, "STRIP", block[1])
+    monkeypatch.setattr(tools.distances, "BLOCK", block[0])
+    monkeypatch.setattr(tools.distances, "STRIP", block[1])
     rng = np.random.default_rng(3)
     reference, sample = rng.normal(size=(230, 6)).astype(np.float32), rng.normal(0.6, 0.8, (170, 6)).astype(np.float32)
     assert precision_recall(reference, sample, k, "float64") == pytest.approx(brute_force(reference, sample, k))
@@ -205,8 +234,8 @@ def test_float64_precision_and_recall_equal_brute_force(monkeypatch, k, block):
 def test_blocks_do_not_change_precision_and_recall(monkeypatch, reference, sample, distances):
     sets = reference["features"][:300], sample["features"][:250]
     whole = precision_recall(*sets, distances=distances)
-    monkeypatch.setattr(tools.adm_metrics, "BLOCK", 140)
-    monkeypatch.setattr(tools.adm_metrics, "STRIP", 60)
+    monkeypatch.setattr(tools.distances, "BLOCK", 140)
+    monkeypatch.setattr(tools.distances, "STRIP", 60)
     assert precision_recall(*sets, distances=distances) == pytest.approx(whole, abs=0.004)
 
 
@@ -215,3 +244,34 @@ def test_precision_and_recall_refuse_too_few_rows_and_unknown_distances():
         precision_recall(np.zeros((3, 2), np.float32), np.zeros((9, 2), np.float32))
     with pytest.raises(ValueError, match="'float8'; valid are: float16, float32, float64"):
         precision_recall(np.zeros((9, 2), np.float32), np.zeros((9, 2), np.float32), distances="float8")
+
+
+def test_kernel_distance_equals_its_definition():
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(30, 7)).astype(np.float32), rng.normal(0.4, 1.2, (25, 7)).astype(np.float32)
+
+    def kernel(a, b):
+        return (sum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / 7 + 1) ** 3
+
+    def mean(a, b, same):
+        return np.mean([kernel(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)])
+
+    # subsets as large as the sets: each is a permutation of all
+    y = y[:25]
+    expected = mean(x[:25], x[:25], True) + mean(y, y, True) - 2 * mean(x[:25], y, False)
+    assert kernel_distance(x[:25], y, subsets=3, subset_size=25) == pytest.approx(expected, rel=1e-10)
+    # an average over subsets is unbiased
+    whole = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+    assert kernel_distance(x, y, subsets=4000, subset_size=8) == pytest.approx(whole, rel=0.05)
+
+
+def test_kernel_distance_of_one_distribution_is_zero_on_average_and_repeats():
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(2, 500, 16)).astype(np.float32)
+    shifted = kernel_distance(x, y + 0.5, subset_size=200)
+    assert abs(kernel_distance(x, y, subset_size=200)) < 0.05 * shifted
+    assert kernel_distance(x, y + 0.5, subset_size=200) == shifted
+    assert kernel_distance(x, y + 0.5, subset_size=200, seed=1) != shifted
+    for subsets, size in ((0, 10), (1, 1), (1, 501)):
+        with pytest.raises(ValueError, match=f"{subsets} subsets of {size} images; there are 500"):
+            kernel_distance(x, y, subsets, size)

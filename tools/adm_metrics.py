@@ -7,19 +7,17 @@ evaluator, the docstring says so. Nothing here knows of files, images or network
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tools.distances import DISTANCES, strips
+
 # N = images, F = features of an image, K = classes, R = reference images, S = sampled images
 
-BLOCK = 10_000  # rows and columns of ADM's distance blocks: the unit in which float16 gives way to float32
-STRIP = 1_000  # rows of a block computed at a time, which bounds the memory
 PENDING_ROWS = 1_024  # rows gathered before they are folded into a covariance
 IMAGINARY_TOLERANCE = 1e-3  # ADM's, on the square root of the product of covariances
-DISTANCES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 class FeatureStatistics:
@@ -185,7 +183,12 @@ def _log(p: np.ndarray) -> np.ndarray:
 
 
 def precision_recall(
-    reference: np.ndarray | Tensor, sample: np.ndarray | Tensor, k: int = 3, distances: str = "float16"
+    reference: np.ndarray | Tensor,
+    sample: np.ndarray | Tensor,
+    k: int = 3,
+    distances: str = "float16",
+    reference_radii: np.ndarray | Tensor | None = None,
+    sample_radii: np.ndarray | Tensor | None = None,
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
@@ -195,37 +198,83 @@ def precision_recall(
     ``distances="float16"`` does as the evaluator: features, norms and dot products are rounded to float16, whose
     steps make ties and hence slightly higher values than the truth, which "float32" or "float64" give. A block of
     10,000 x 10,000 in which a float16 overflows is computed anew in float32, as there. Memory beside the features
-    stays below 1 GB for 50,000 x 10,000.
+    stays below 1 GB for 50,000 x 50,000.
 
     Args:
-        reference: (R, F) float32. sample: (S, F) float32.
+        reference: (R, F) float32. sample: (S, F) float32; tensors on a GPU are worked on there.
+        reference_radii, sample_radii: (R,) and (S,) of `neighbour_radii` with the same k and distances, if they are
+            known already.
 
     Raises:
-        ValueError: fewer than k + 1 rows, or an unknown ``distances``.
+        ValueError: fewer than k + 1 rows, radii of another number of rows, or an unknown ``distances``.
     """
-    if distances not in DISTANCES:
-        raise ValueError(f"distances is '{distances}'; valid are: {', '.join(DISTANCES)}")
+    _check_distances(distances)
     reference, sample = torch.as_tensor(reference), torch.as_tensor(sample)
-    sample_covered, reference_covered = _covered(
-        reference, sample, neighbour_radii(reference, k, distances), neighbour_radii(sample, k, distances), distances
-    )
+    radii = []
+    for features, known in ((reference, reference_radii), (sample, sample_radii)):
+        of_set = neighbour_radii(features, k, distances) if known is None else torch.as_tensor(known)
+        if of_set.shape != (len(features),):
+            raise ValueError(f"{tuple(of_set.shape)} radii for {len(features)} images")
+        radii.append(of_set.to(features.device))
+    sample_covered, reference_covered = _covered(reference, sample, *radii, distances)
     return sample_covered.double().mean().item(), reference_covered.double().mean().item()
 
 
-def neighbour_radii(features: Tensor, k: int = 3, distances: str = "float16") -> Tensor:
+def neighbour_radii(features: np.ndarray | Tensor, k: int = 3, distances: str = "float16") -> Tensor:
     """Squared distance (N,) of each row of (N, F) to its k-th nearest neighbour, float32 (float64 for "float64").
 
     As in the evaluator it is entry k of the row's sorted distances with the point itself among them; in float16 the
-    distance to itself need not be 0. Raises ValueError for fewer than k + 1 rows.
+    distance to itself need not be 0. Raises ValueError for fewer than k + 1 rows or an unknown ``distances``.
     """
+    _check_distances(distances)
+    features = torch.as_tensor(features)
     if len(features) < k + 1:
         raise ValueError(f"the {k} nearest neighbours need at least {k + 1} images, got {len(features)}")
     wide = torch.float64 if distances == "float64" else torch.float32
     nearest = torch.full((len(features), k + 1), torch.inf, dtype=wide, device=features.device)
-    for rows, _, squared in _strips(features, features, distances):
-        candidates = squared.to(wide).topk(min(k + 1, squared.shape[1]), largest=False).values
+    for rows, _, squared in strips(features, features, distances, symmetric=True):
+        candidates = squared.topk(min(k + 1, squared.shape[1]), largest=False).values.to(wide)
         nearest[rows] = torch.cat([nearest[rows], candidates], dim=1).topk(k + 1, largest=False).values
-    return nearest.amax(dim=1)
+    return nearest.amax(dim=1).clamp_min_(0)
+
+
+def kernel_distance(
+    reference: np.ndarray, sample: np.ndarray, subsets: int = 100, subset_size: int = 1_000, seed: int = 0
+) -> float:
+    """Kernel distance, called KID with Inception's features (Bińkowski et al. 2018, arXiv 1801.01401, Sec. 4.2).
+
+    The unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, in float64, averaged
+    over random subsets drawn without replacement from both sets. It may fall below 0. Not one of ADM's metrics.
+
+    Args:
+        reference: (R, F). sample: (S, F). subset_size: images of each set in a subset, at least 2, at most R and S.
+
+    Raises:
+        ValueError: no subset, or a subset size out of range.
+    """
+    smaller = min(len(reference), len(sample))
+    if subsets < 1 or not 2 <= subset_size <= smaller:
+        raise ValueError(f"{subsets} subsets of {subset_size} images; there are {smaller}")
+    stream = np.random.default_rng(seed)
+    total = 0.0
+    for _ in range(subsets):
+        x, y = (features[stream.choice(len(features), subset_size, replace=False)] for features in (reference, sample))
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        pairs = subset_size * (subset_size - 1)
+        within = sum(kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y)))
+        total += within / pairs - 2 * _cubic_kernel(x, y).mean()
+    return float(total / subsets)
+
+
+def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N, M), of all pairs of rows of (N, F) and (M, F)."""
+    products = x @ y.T / x.shape[1] + 1
+    return products * products * products
+
+
+def _check_distances(distances: str) -> None:
+    if distances not in DISTANCES:
+        raise ValueError(f"distances is '{distances}'; valid are: {', '.join(DISTANCES)}")
 
 
 def _covered(
@@ -234,42 +283,12 @@ def _covered(
     """(S,) bool: samples in a reference ball; (R,) bool: reference images in a sample's ball."""
     sample_covered = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
     reference_covered = torch.zeros(len(reference), dtype=torch.bool, device=sample.device)
-    for rows, columns, squared in _strips(reference, sample, distances):
-        squared = squared.to(reference_radii.dtype)
-        sample_covered[columns] |= (squared <= reference_radii[rows, None]).any(dim=0)
-        reference_covered[rows] |= (squared <= sample_radii[None, columns]).any(dim=1)
+    # Radii of blocks that overflowed float16 need not be numbers that it has.
+    exact = all(torch.equal(r.to(DISTANCES[distances]).to(r.dtype), r) for r in (reference_radii, sample_radii))
+    for rows, columns, squared in strips(reference, sample, distances):
+        squared = squared if exact else squared.to(reference_radii.dtype)
+        radii = reference_radii[rows, None].to(squared.dtype)
+        # A difference has the sign of the comparison, and its minimum is several times as fast.
+        sample_covered[columns] |= (squared - radii).amin(dim=0) <= 0
+        reference_covered[rows] |= (squared - sample_radii[None, columns].to(squared.dtype)).amin(dim=1) <= 0
     return sample_covered, reference_covered
-
-
-def _strips(u: Tensor, v: Tensor, distances: str) -> Iterator[tuple[slice, slice, Tensor]]:
-    """All squared distances of u (N, F) to v (M, F): (rows, columns, (rows, columns) distances) strip by strip."""
-    for top in range(0, len(u), BLOCK):
-        for left in range(0, len(v), BLOCK):
-            columns = slice(left, min(left + BLOCK, len(v)))
-            end = min(top + BLOCK, len(u))
-            slices = [slice(row, min(row + STRIP, end)) for row in range(top, end, STRIP)]
-            dtype = DISTANCES[distances]
-            if dtype == torch.float16:
-                held = list(_block(u, v[columns], slices, dtype))
-                if all(strip.isfinite().all() for strip in held):
-                    yield from ((rows, columns, strip) for rows, strip in zip(slices, held, strict=True))
-                    continue
-                del held
-                dtype = torch.float32
-            for rows, strip in zip(slices, _block(u, v[columns], slices, dtype), strict=True):
-                yield rows, columns, strip
-
-
-def _block(u: Tensor, v: Tensor, slices: list[slice], dtype: torch.dtype) -> Iterator[Tensor]:
-    """|a - b|^2 = |a|^2 - 2 a.b + |b|^2, not below 0, for rows a in each of ``slices`` of u and all rows b of v.
-
-    In float16 every intermediate result is rounded to it, but sums run in float32, as on the evaluator's hardware.
-    """
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    v = v.to(dtype)
-    v_norms, v = v.square().to(wide).sum(dim=1).to(dtype), v.to(wide)
-    for rows in slices:
-        strip = u[rows].to(dtype)
-        norms, strip = strip.square().to(wide).sum(dim=1).to(dtype), strip.to(wide)
-        dots = (strip @ v.T).to(dtype)
-        yield (norms[:, None] - 2 * dots + v_norms[None]).clamp_min_(0)
