@@ -132,6 +132,7 @@ def sample(args: argparse.Namespace) -> None:
 def load_run(args: argparse.Namespace, device: torch.device) -> tuple[Config, nn.Module, Autoencoder]:
     """A run's averaged weights, with the settings of the run."""
     from switchdit.data.autoencoder import load_autoencoder
+    from switchdit.data.latent_dataset import UNKNOWN
     from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
     from switchdit.engine.generate import build_averaged_model
 
@@ -141,7 +142,7 @@ def load_run(args: argparse.Namespace, device: torch.device) -> tuple[Config, nn
     state = read_state(checkpoint)
     config = config_from_dict(state["config"], args.overrides)
     autoencoder = load_autoencoder(args.vae or config.data.vae, device)
-    if state.get("vae_sha256") != autoencoder.identity["sha256"]:
+    if state.get("vae_sha256") not in (UNKNOWN, autoencoder.identity["sha256"]):
         raise UserError(
             f"autoencoder '{args.vae or config.data.vae}' is not the one whose latents the run was trained on: "
             f"sha256 {autoencoder.identity['sha256']} instead of {state.get('vae_sha256')}"

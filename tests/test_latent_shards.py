@@ -39,7 +39,7 @@ def test_digest_sees_sizes():
 
 
 def test_finished_means_whole_same_plan_same_files_same_tolerance(tmp_path):
-    sidecar = shards.write_shard(tmp_path, 0, moments(2), PLAN, "source", ["bad.png"])
+    sidecar = shards.write_shard(tmp_path, 0, moments(1), PLAN, "source", ["bad.png"])
     assert shards.finished_shard(tmp_path, 0, PLAN, "source", skip_bad=True) == json.loads(json.dumps(sidecar))
     assert shards.finished_shard(tmp_path, 0, PLAN, "source", skip_bad=False) is None
     assert shards.finished_shard(tmp_path, 0, PLAN, "other", skip_bad=True) is None
@@ -120,3 +120,82 @@ def test_manifest_edited_by_hand_is_refused(tmp_path, change, message):
     (tmp_path / shards.MANIFEST).write_text(json.dumps({**manifest, **change}))
     with pytest.raises(UserError, match=message):
         shards.read_manifest(tmp_path)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def in_one_line(work):
+    """What ``work`` returns, or None where it raises a `UserError` of one line; nothing else may be raised."""
+    try:
+        return work()
+    except UserError as problem:
+        message = str(problem)
+    return None if "\n" not in message else pytest.fail(message)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    out = tmp_path_factory.mktemp("complete")
+    sidecar = shards.write_shard(out, 0, moments(2), replace(PLAN, num_files=2), "s")
+    vae = {"name": "n", "sha256": "v"}
+    manifest = shards.write_manifest(out, replace(PLAN, num_files=2), [sidecar], np.array([0, 1]), "ab", "cd", vae)
+    return out, sidecar, manifest
+
+
+@given(st.data())
+def test_sidecar_edited_by_hand_counts_as_it_was_or_not_at_all(complete, data):
+    out, sidecar, _ = complete
+    plan, path = replace(PLAN, num_files=2), shards.sidecar_path(out, 0)
+    key = data.draw(st.sampled_from(sorted(sidecar)))
+    path.write_text(json.dumps({**sidecar, key: data.draw(JUNK)}))
+    in_one_line(lambda: shards.check_same_plan(out, plan))
+    found = in_one_line(lambda: shards.finished_shard(out, 0, plan, "s", False))
+    assert found is None or {**found, "sha256": ""} == {**json.loads(json.dumps(sidecar)), "sha256": ""}
+
+
+@given(st.data())
+def test_manifest_edited_by_hand_is_read_or_refused_in_a_line(complete, data):
+    out, _, manifest = complete
+    key = data.draw(st.sampled_from(sorted(manifest)))
+    edited = {**manifest, key: data.draw(JUNK)}
+    if data.draw(st.booleans()):
+        edited["sources"] = [{**manifest["sources"][0], data.draw(st.sampled_from(["images", "shard_size"])): 0}]
+    (out / shards.MANIFEST).write_text(json.dumps(edited))
+    found = in_one_line(lambda: shards.read_manifest(out))
+    if found:
+        in_one_line(lambda: shards.check_same_settings(out, found, PLAN))
+        assert found["num_images"] == 2
+
+
+@given(st.binary(max_size=40) | st.just(b"[" * 100_000))
+def test_any_bytes_as_manifest(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out")
+    (out / shards.MANIFEST).write_bytes(data)
+    assert in_one_line(lambda: shards.read_manifest(out)) is None
+
+
+def test_appended_shards_are_listed_after_those_that_are_there(tmp_path):
+    vae, first = {"name": "n", "sha256": "v"}, replace(PLAN, num_files=2)
+    sidecar = shards.write_shard(tmp_path, 0, moments(1), first, "s", ["bad.png"])
+    manifest = shards.write_manifest(tmp_path, first, [sidecar], np.array([0]), ["a"], ["cat"], vae)
+    more = replace(PLAN, images="e", num_files=1, first_shard=1)
+    shards.check_same_settings(tmp_path, manifest, more)
+    with pytest.raises(UserError, match="flip True there, False now"):
+        shards.check_same_settings(tmp_path, manifest, replace(more, flip=False))
+    sidecar = shards.write_shard(tmp_path, 1, moments(1, seed=1), more, "s")
+    assert shards.read_manifest(tmp_path) == manifest  # until the new one is written
+    labels = np.array([0, 1])
+    grown = shards.write_manifest(tmp_path, more, [sidecar], labels, ["a", "b"], ["cat", "dog"], vae, manifest)
+    assert grown == shards.read_manifest(tmp_path)
+    assert [entry["file"] for entry in grown["shards"]] == ["shard_00000.npy", "shard_00001.npy"]
+    assert [source["first_shard"] for source in grown["sources"]] == [0, 1]
+    assert grown["skipped"] == ["bad.png"]
+    assert sorted(path.name for path in tmp_path.glob("[ln]a*")) == ["labels_00001.npy", "names_00001.json"]
+    assert shards.damaged_list(tmp_path, grown) is None
+    (tmp_path / "names_00001.json").write_text("[]")
+    assert shards.damaged_list(tmp_path, grown) == tmp_path / "names_00001.json"

@@ -2,13 +2,19 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from launching import ROOT, environment, launched
 from PIL import Image
+
+from switchdit.engine import checkpoint
+from switchdit.errors import UserError
+from switchdit.sample import load_run
 
 NUM_IMAGES, SIZE = 10, 8
 
@@ -118,6 +124,16 @@ def test_published_weights(gaussian_run, gaussian_samples, tmp_path):
     command += ["--out", tmp_path / "samples.npz", "--num-samples", NUM_IMAGES]
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert (tmp_path / "samples.npz").read_bytes() == (gaussian_run / "one.npz").read_bytes()
+
+
+def test_the_autoencoder_must_be_that_of_the_latents_where_it_is_known(gaussian_run, monkeypatch):
+    state = checkpoint.read_state(checkpoint.find_checkpoint(gaussian_run))
+    args = Namespace(checkpoint=gaussian_run, vae=None, overrides=[])
+    monkeypatch.setattr(checkpoint, "read_state", lambda _: {**state, "vae_sha256": "unknown"})
+    assert load_run(args, torch.device("cpu"))[2].identity["name"] == "pixels"
+    monkeypatch.setattr(checkpoint, "read_state", lambda _: {**state, "vae_sha256": "0" * 64})
+    with pytest.raises(UserError, match="'pixels' is not the one whose latents the run was trained on"):
+        load_run(args, torch.device("cpu"))
 
 
 MISTAKES = [

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from switchdit.data.autoencoder import WEIGHTS, load_autoencoder
+from switchdit.data.image_pixels import read_all_images
+from switchdit.data.image_source import list_images
 from tools import train_autoencoder as tool
 
 
@@ -44,7 +46,7 @@ def trained(pictures, tmp_path_factory):
 
 def test_reconstructs_far_better_than_it_began_and_is_in_diffusers_format(pictures, trained):
     autoencoder = load_autoencoder(trained)
-    images = tool.load_images(pictures, 16)
+    images = read_all_images(list_images(pictures), 16)
     mean, _ = autoencoder.encode(tool.as_batch(images))
     assert mean.shape == (48, 4, 8, 8)
     error = np.abs(autoencoder.decode(mean * autoencoder.scale_factor).numpy().astype(float) - images).mean()
@@ -56,7 +58,7 @@ def test_reconstructs_far_better_than_it_began_and_is_in_diffusers_format(pictur
 
 def test_scaled_latents_have_mean_0_and_deviation_1_in_every_channel(pictures, trained):
     autoencoder = load_autoencoder(trained)
-    batch = tool.as_batch(tool.load_images(pictures, 16))
+    batch = tool.as_batch(read_all_images(list_images(pictures), 16))
     mean, std = autoencoder.encode(torch.cat([batch, batch.flip(-1)]))
     average = mean.mean((0, 2, 3))
     deviation = ((mean**2 + std**2).mean((0, 2, 3)) - average**2).sqrt()

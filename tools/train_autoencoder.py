@@ -1,6 +1,6 @@
-"""Train a small AutoencoderKL on a folder of images, for demos and tests, and save it in diffusers' format.
+"""Train a small AutoencoderKL on a folder, tar or zip of images, for demos and tests; saved in diffusers' format.
 
-    python tools/train_autoencoder.py --data DIR --out DIR [--image-size 32]
+    python tools/train_autoencoder.py --data DATA --out DIR [--image-size 32]
 
 The defaults turn 32 x 32 pixels into latents of 8 x 8 x 4, and take about a minute on one core. Loss: L1 + MSE of the
 reconstruction + a small KL term. The saved latents have mean 0 and the same standard deviation in every channel, and
@@ -26,7 +26,8 @@ if __package__ in (None, ""):
 import numpy as np
 
 from switchdit.data.autoencoder import WEIGHTS
-from switchdit.data.image_folder import UnreadableImage, list_images, load_image
+from switchdit.data.image_pixels import read_all_images
+from switchdit.data.image_source import list_images
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import sha256_of, sync_directory, write_json
 from switchdit.progress import progress
@@ -55,18 +56,6 @@ class Settings:
     # latents that are less smooth and a decoder that takes less noise.
     kl_weight: float = 1e-3
     recipe: int = 1  # counts changes of the code that change the result
-
-
-def load_images(root: Path, size: int) -> np.ndarray:
-    """All images of a folder as uint8 (N, S, S, 3), in memory."""
-    folder = list_images(root)
-    images = np.empty((len(folder.names), size, size, 3), np.uint8)
-    for index, name in enumerate(progress(folder.names, desc="reading images", unit="image")):
-        try:
-            images[index] = load_image(root / name, size)
-        except UnreadableImage as problem:
-            raise UserError(f"cannot read the image {root / name}: {problem}; repair or remove it") from problem
-    return images
 
 
 def build_model(settings: Settings) -> AutoencoderKL:
@@ -212,7 +201,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, Settings]:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of images")
+    parser.add_argument("--data", type=Path, required=True, help="folder, .tar or .zip of images")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the autoencoder into")
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of 32 images (default 400)")
@@ -236,7 +225,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, Settings]:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     data, out, settings = parse_arguments(argv)
-    images = load_images(data, settings.image_size)
+    images = read_all_images(list_images(data), settings.image_size)
     record = {
         "settings": {**asdict(settings), "channels": list(settings.channels)},
         "images": {"num": len(images), "sha256": hashlib.sha256(images.tobytes()).hexdigest()},

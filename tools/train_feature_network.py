@@ -20,14 +20,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import from the repository root
 
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import sha256_of
 from switchdit.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from switchdit.data.image_folder import ImageFolder
+    from switchdit.data.image_source import ImageSource
     from tools.feature_network import Architecture, Classifier
 
 # N = images, S = pixels of a side, K = classes
@@ -67,13 +66,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train, print the accuracy on the held-out images, and write the file."""
-    from switchdit.data.image_folder import list_images
+    import numpy as np
 
-    folder = list_images(args.data)
-    if len(folder.class_names) < 2:
+    from switchdit.data.image_pixels import read_all_images
+    from switchdit.data.image_source import list_images
+
+    source = list_images(args.data)
+    if len(source.class_names) < 2:
         raise UserError(f"--data {args.data} has fewer than two class folders; a classifier needs two")
     settings = {
-        "images_sha256": images_sha256(folder),
+        "images_sha256": images_sha256(source),
         "image_size": args.image_size,
         "steps": args.steps,
         "seed": args.seed,
@@ -88,13 +90,13 @@ def train(args: argparse.Namespace) -> None:
     from tools.feature_network import Architecture, save_feature_network
 
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-    images, labels = read_images(folder, args.image_size)
+    images, labels = read_all_images(source, args.image_size), np.asarray(source.labels, np.int64)
     held_out = held_out_images(labels)
-    architecture = Architecture(args.image_size, CHANNELS, NUM_FEATURES, folder.class_names)
+    architecture = Architecture(args.image_size, CHANNELS, NUM_FEATURES, source.class_names)
     classifier = fit(architecture, images[~held_out], labels[~held_out], args.steps, args.seed)
     accuracy = recognised(classifier, images[held_out], labels[held_out])
     training = {"settings": settings, "held_out_accuracy": accuracy}
-    architecture = Architecture(args.image_size, CHANNELS, NUM_FEATURES, folder.class_names, training)
+    architecture = Architecture(args.image_size, CHANNELS, NUM_FEATURES, source.class_names, training)
     save_feature_network(args.out, classifier, architecture)
     print(
         f"wrote {args.out}: {NUM_FEATURES} features; {accuracy:.2%} of the {int(held_out.sum())} held-out images "
@@ -102,40 +104,25 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
-def images_sha256(folder: ImageFolder) -> str:
+def images_sha256(source: ImageSource) -> str:
     """Of the names and contents of all images."""
     digest = hashlib.sha256()
-    for name in folder.names:
-        digest.update(f"{name}\0{sha256_of(folder.root / name)}\n".encode())
+    for i, name in enumerate(source.names):
+        digest.update(f"{name}\0{hashlib.sha256(source.reader(i)()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
 def accuracy_of_former_training(path: Path, settings: dict[str, Any]) -> float | None:
     """The held-out accuracy of the network at ``path`` if it was trained with these settings, else None."""
-    from tools.feature_network import load_feature_network
+    from tools.feature_network import load_classifier
 
     if not path.is_file():
         return None
     try:
-        training = load_feature_network(path).architecture.training
+        training = load_classifier(path).architecture.training
     except UserError:
         return None  # something else, or damaged: it is replaced
     return training.get("held_out_accuracy") if training.get("settings") == settings else None
-
-
-def read_images(folder: ImageFolder, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, S, S, 3) uint8 and (N,) int64. Raises `UserError`, naming the file, for an image that cannot be read."""
-    import numpy as np
-
-    from switchdit.data.image_folder import UnreadableImage, load_image
-
-    images = np.empty((len(folder.names), image_size, image_size, 3), np.uint8)
-    for i, name in enumerate(progress(folder.names, desc="reading images", unit="image")):
-        try:
-            images[i] = load_image(folder.root / name, image_size)
-        except UnreadableImage as problem:
-            raise UserError(f"image {folder.root / name} cannot be read ({problem}); mend or remove it") from problem
-    return images, np.asarray(folder.labels, np.int64)
 
 
 def held_out_images(labels: np.ndarray) -> np.ndarray:

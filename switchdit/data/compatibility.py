@@ -7,7 +7,7 @@ from typing import Any
 
 from switchdit.config import DataConfig
 from switchdit.data.autoencoder import WEIGHTS
-from switchdit.data.latent_dataset import LatentDataset
+from switchdit.data.latent_dataset import UNKNOWN, LatentDataset
 from switchdit.errors import UserError
 from switchdit.files import sha256_of
 
@@ -34,13 +34,15 @@ def check_latents(dataset: LatentDataset, data: DataConfig, model_fields: dict[s
         )
     if data.horizontal_flip and not dataset.has_flip:
         raise UserError(f"{where} hold no flipped images; set data.horizontal_flip to false or extract them anew")
-    weights = Path(data.vae) / WEIGHTS
-    if weights.is_file():
+    weights, name = Path(data.vae) / WEIGHTS, dataset.manifest["vae"]["name"]
+    known = dataset.vae_sha256 != UNKNOWN
+    if known and weights.is_file():
         sha256 = sha256_of(weights)
         if sha256 != dataset.vae_sha256:
             raise UserError(
                 f"{where} were made by another autoencoder (sha256 {dataset.vae_sha256[:12]}...) than data.vae "
                 f"'{data.vae}' (sha256 {sha256[:12]}...)"
             )
-    elif data.vae != (name := dataset.manifest["vae"]["name"]):
-        raise UserError(f"{where} were made by autoencoder '{name}', but data.vae is '{data.vae}'")
+    elif data.vae != name:
+        hint = "" if known else f"; if they are the same, import the latents again with --vae {data.vae}"
+        raise UserError(f"{where} were made by autoencoder '{name}', but data.vae is '{data.vae}'{hint}")

@@ -20,8 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,15 @@ from typing import Any
 import numpy as np
 
 import switchdit
+from switchdit.data.manifest_fields import LABELS_FILE, MANIFEST_FIELDS, NAMES_FILE, SIDECAR_FIELDS, STORED, fault_in
 from switchdit.errors import UserError
 from switchdit.files import atomic_write, sha256_of, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-SHARD_FILE = re.compile(r"shard_\d{5,}\.npy")
-LABELS_FILE = re.compile(r"labels_\d{5,}\.npy")
-NAMES_FILE = re.compile(r"names_\d{5,}\.json")
-STORED = {"moments": 2, "sample": 1}  # numbers kept for each latent value: K
 SHARD_BYTES = 1 << 28
+# fields of a plan that all images of a data set share, and that its manifest tells
+SETTINGS = ("vae_sha256", "image_size", "latent_shape", "encoder_dtype", "transform", "flip", "stored", "scale_factor")
 CONTINUE = "run the same extraction command again to continue"
 
 
@@ -86,11 +84,9 @@ def default_shard_size(shape: Sequence[int]) -> int:
 
 def digest_of(names: Sequence[str], sizes: Sequence[int] = ()) -> str:
     """SHA-256 of a list of file names, and of the files' sizes in bytes where given."""
-    digest = hashlib.sha256()
-    for index, name in enumerate(names):
-        digest.update(name.encode("utf-8", "surrogateescape"))
-        digest.update(f"\0{sizes[index]}\0".encode() if sizes else b"\0")
-    return digest.hexdigest()
+    if sizes:
+        names = [f"{name}\0{size}" for name, size in zip(names, sizes, strict=True)]
+    return hashlib.sha256("".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def shard_ranges(num_files: int, shard_size: int) -> list[range]:
@@ -126,25 +122,48 @@ def to_float16(moments: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def check_same_plan(out: Path, plan: Plan) -> None:
-    """Raise `UserError` naming what differs when ``out`` holds shards of another plan."""
+    """Raise `UserError` naming what differs when ``out`` holds shards of another plan in the place of this one's."""
     wanted = plan.as_json()
+    last = plan.first_shard + len(shard_ranges(plan.num_files, plan.shard_size))
     for path in sorted(out.glob("shard_*.json")):
-        found = _read_json(path).get("plan", wanted)
-        differing = [
-            f"{key} {found.get(key)} there, {wanted[key]} now" for key in wanted if found.get(key) != wanted[key]
-        ]
+        found = _read_json(path).get("plan")
+        if not isinstance(found, dict):
+            continue  # `finished_shard` tells what is wrong with it
+        here = found.get("first_shard") == plan.first_shard
+        if not here and path.name not in {sidecar_path(out, index).name for index in range(plan.first_shard, last)}:
+            continue
+        differing = _differing(found, wanted, wanted)
+        if differing and plan.first_shard:
+            raise UserError(
+                f"{out} holds an unfinished --append of another kind ({differing}); finish it, or delete "
+                f"{shard_name(plan.first_shard)} and all shards after it"
+            )
         if differing:
             raise UserError(
-                f"{out} holds latents of another extraction ({'; '.join(differing)}); "
-                "choose another output folder or delete that one"
+                f"{out} holds latents of another extraction ({differing}); choose another output folder or delete "
+                "that one"
             )
+
+
+def check_same_settings(out: Path, manifest: dict[str, Any], plan: Plan) -> None:
+    """Raise `UserError` naming what differs between a complete data set and the plan of what is to be added to it."""
+    found = {**manifest, "vae_sha256": manifest["vae"]["sha256"]}
+    differing = _differing(found, plan.as_json(), SETTINGS)
+    if differing:
+        raise UserError(f"{out} holds latents made in another way ({differing}); new ones must be made as those are")
+
+
+def _differing(found: dict[str, Any], wanted: dict[str, Any], keys: Iterable[str]) -> str:
+    return "; ".join(
+        f"{key} {found.get(key)} there, {wanted[key]} now" for key in keys if found.get(key) != wanted[key]
+    )
 
 
 def finished_shard(out: Path, index: int, plan: Plan, source: str, skip_bad: bool) -> dict[str, Any] | None:
     """The sidecar of a shard that is whole and still valid, or None when it is to be made (again).
 
     source: `digest_of` the shard's files with their sizes, so an image that was replaced since is noticed. A shard
-    with skipped images counts only when ``skip_bad`` holds now too.
+    with skipped images counts only when ``skip_bad`` holds now too. Raises `UserError` for a damaged sidecar.
     """
     path = sidecar_path(out, index)
     if not path.is_file():
@@ -152,10 +171,23 @@ def finished_shard(out: Path, index: int, plan: Plan, source: str, skip_bad: boo
     sidecar = _read_json(path)
     if sidecar.get("plan") != plan.as_json() or sidecar.get("source") != source:
         return None
+    fault = fault_in(sidecar, SIDECAR_FIELDS)
+    if fault is None:
+        begin = (index - plan.first_shard) * plan.shard_size
+        expected = min(plan.shard_size, plan.num_files - begin)
+        if sidecar["file"] != shard_name(index) or sidecar["num"] + len(sidecar["skipped"]) != expected:
+            fault = f"it does not describe the {expected} files of {shard_name(index)}"
+    if fault:
+        raise UserError(f"{path} is damaged: {fault}; delete it, then {CONTINUE}")
     shard = out / shard_name(index)
     if not shard.is_file() or shard.stat().st_size != sidecar["bytes"] or (sidecar["skipped"] and not skip_bad):
         return None
     return sidecar
+
+
+def shard_source(out: Path, index: int) -> str | None:
+    """From which files the shard was made, as its sidecar says; None where there is none."""
+    return _read_json(sidecar_path(out, index)).get("source")
 
 
 def write_shard(
@@ -193,22 +225,24 @@ def write_manifest(
     names: Sequence[str],
     class_names: Sequence[str],
     vae: dict[str, str],
-    earlier: Sequence[dict[str, Any]] = (),
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write labels and names, then ``manifest.json``, and remove what the former manifest named; return the new one.
 
-    sidecars: of all shards, in order. labels: integers (N,), names: N strings, both without skipped images.
-    earlier: ``sources`` of the manifest that these images are appended to.
+    sidecars: of the plan's shards, in order. labels: integers (N,), names: N strings, both of all images but skipped
+    ones. earlier: the manifest that the plan's images are appended to; its images come first in labels and names.
     """
-    assert len(labels) == len(names) == sum(sidecar["num"] for sidecar in sidecars)
-    number = f"{len(earlier):05d}"
+    before = earlier or {"sources": [], "shards": [], "skipped": []}
+    shards = [*before["shards"], *(_shard_entry(sidecar) for sidecar in sidecars)]
+    assert len(labels) == len(names) == sum(shard["num"] for shard in shards)
+    number = f"{len(before['sources']):05d}"
     labels_path, names_path = out / f"labels_{number}.npy", out / f"names_{number}.json"
     remove_leftovers(out, labels_path.name, names_path.name, MANIFEST)
     with atomic_write(labels_path) as file:
         np.lib.format.write_array(file, labels.astype(np.int64), allow_pickle=False)
     with atomic_write(names_path) as file:
         file.write(json.dumps(list(names)).encode())
-    source = {"images": plan.images, "num_files": plan.num_files, "first_shard": plan.first_shard}
+    source = {key: getattr(plan, key) for key in ("images", "num_files", "first_shard", "shard_size")}
     manifest = {
         "format_version": FORMAT_VERSION,
         "num_images": len(labels),
@@ -226,16 +260,54 @@ def write_manifest(
         "code_version": switchdit.__version__,
         "labels": {"file": labels_path.name, "sha256": sha256_of(labels_path)},
         "names": {"file": names_path.name, "sha256": sha256_of(names_path)},
-        "sources": [*earlier, source],
-        "shards": [{key: sidecar[key] for key in ("file", "num", "bytes", "sha256")} for sidecar in sidecars],
-        "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
+        "sources": [*before["sources"], source],
+        "shards": shards,
+        "skipped": [*before["skipped"], *(name for sidecar in sidecars for name in sidecar["skipped"])],
     }
     write_json(out / MANIFEST, manifest)
-    for path in out.iterdir():
-        outdated = path.name not in (labels_path.name, names_path.name)
-        if outdated and (LABELS_FILE.fullmatch(path.name) or NAMES_FILE.fullmatch(path.name)):
-            path.unlink()
+    remove_outdated(out, manifest)
     return manifest
+
+
+def _shard_entry(sidecar: dict[str, Any]) -> dict[str, Any]:
+    return {key: sidecar[key] for key in ("file", "num", "bytes", "sha256")}
+
+
+def lists_shards(manifest: dict[str, Any], sidecars: Sequence[dict[str, Any]]) -> bool:
+    """Whether the manifest tells of these shards, as they are now."""
+    return all(_shard_entry(sidecar) in manifest["shards"] for sidecar in sidecars)
+
+
+def relist_shards(out: Path, manifest: dict[str, Any], sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write the manifest anew after some of its shards were made again, from the same images."""
+    renewed = {sidecar["file"]: _shard_entry(sidecar) for sidecar in sidecars}
+    shards = [renewed.get(entry["file"], entry) for entry in manifest["shards"]]
+    for old, new in zip(manifest["shards"], shards, strict=True):
+        if old["num"] != new["num"]:
+            raise UserError(
+                f"{out / new['file']} made again holds {new['num']} images, {MANIFEST} says {old['num']}; "
+                "extract all images anew into another folder"
+            )
+    manifest = {**manifest, "shards": shards}
+    write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def damaged_list(out: Path, manifest: dict[str, Any]) -> Path | None:
+    """The first of the files of labels and names that is missing or not what the manifest says."""
+    for entry in (manifest["labels"], manifest["names"]):
+        path = out / entry["file"]
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            return path
+    return None
+
+
+def remove_outdated(out: Path, manifest: dict[str, Any]) -> None:
+    """Remove labels and names of former manifests."""
+    current = (manifest["labels"]["file"], manifest["names"]["file"])
+    for path in out.iterdir():
+        if path.name not in current and (LABELS_FILE.fullmatch(path.name) or NAMES_FILE.fullmatch(path.name)):
+            path.unlink(missing_ok=True)
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -254,7 +326,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
         )
     fault = _fault_of(manifest)
     if fault:
-        raise UserError(f"{path} is damaged: {fault}")
+        raise UserError(f"{path} is damaged: {fault}; delete it, then {CONTINUE}")
     return manifest
 
 
@@ -268,10 +340,10 @@ def remove_leftovers(out: Path, *names: str) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty when the file is gone, since another process may be making that shard again."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is damaged: not JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: not a JSON object")
@@ -280,45 +352,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _fault_of(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest's fields, or None."""
-
-    def count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    def text(value: Any) -> bool:
-        return isinstance(value, str)
-
-    def described(value: Any, name: re.Pattern) -> bool:
-        # Any other name could point outside the folder.
-        return (
-            isinstance(value, dict)
-            and text(value.get("file"))
-            and name.fullmatch(value["file"]) is not None
-            and text(value.get("sha256"))
-        )
-
-    def shard(value: Any) -> bool:
-        return described(value, SHARD_FILE) and count(value.get("num")) and count(value.get("bytes"))
-
-    checks = {
-        "num_images": count,
-        "num_classes": count,
-        "class_names": lambda v: isinstance(v, list) and all(map(text, v)) and len(v) == manifest.get("num_classes"),
-        "image_size": count,
-        "latent_shape": lambda v: isinstance(v, list) and len(v) == 3 and all(map(count, v)),
-        "dtype": lambda v: v == "float16",
-        "flip": lambda v: isinstance(v, bool),
-        "stored": lambda v: text(v) and v in STORED,
-        "scale_factor": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float("inf"),
-        "vae": lambda v: isinstance(v, dict) and text(v.get("name")) and text(v.get("sha256")),
-        "labels": lambda v: described(v, LABELS_FILE),
-        "names": lambda v: described(v, NAMES_FILE),
-        "sources": lambda v: isinstance(v, list) and all(isinstance(entry, dict) for entry in v),
-        "shards": lambda v: isinstance(v, list) and all(map(shard, v)),
-        "skipped": lambda v: isinstance(v, list),
-    }
-
-    for key, valid in checks.items():
-        if not valid(manifest.get(key)):
-            return f"'{key}' is missing or not valid"
+    fault = fault_in(manifest, MANIFEST_FIELDS)
+    if fault:
+        return fault
+    if len(manifest["class_names"]) != manifest["num_classes"]:
+        return f"it has {len(manifest['class_names'])} class_names but num_classes {manifest['num_classes']}"
     total = sum(entry["num"] for entry in manifest["shards"])
     return None if total == manifest["num_images"] else f"its shards hold {total} images, not {manifest['num_images']}"

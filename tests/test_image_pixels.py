@@ -1,10 +1,16 @@
 """Image files as squares of pixels: size as ADM does it, orientation and mode whatever they are."""
 
+import io
+import random
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from switchdit.data.image_folder import UnreadableImage, load_image, square
+from switchdit.data.image_pixels import UnreadableImage, load_image, read_images, square
+from switchdit.data.image_source import list_images
 
 
 def noise(height, width, seed=0):
@@ -89,3 +95,59 @@ def test_pictures_that_have_no_sensible_meaning(tmp_path, picture, reason):
     picture.save(tmp_path / "x.tif")
     with pytest.raises(UnreadableImage, match=reason):
         load_image(tmp_path / "x.tif", 64)
+
+
+def png_of(width, height, rows):
+    """A PNG that says it has these many pixels of one bit, and whose data are ``rows``."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_decompression_bombs_are_no_images_and_very_large_ones_are(recwarn):
+    assert load_image(io.BytesIO(png_of(16, 16, b"\0\xff\xff" * 16)), 16).min() == 255
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        load_image(io.BytesIO(png_of(200_000, 200_000, b"\0" * 1000)), 16)
+    with pytest.raises(UnreadableImage):
+        load_image(io.BytesIO(png_of(10_000, 10_000, b"\0" * 1000)), 16)
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_damaged_files_are_unreadable_images_and_nothing_else(suffix):
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(40, 30)).save(file, suffix, exif=exif)
+    chance, read = random.Random(suffix), 0
+    for _ in range(150):
+        data = bytearray(file.getvalue())
+        for _ in range(chance.choice((1, 5))):
+            data[chance.randrange(chance.choice((60, len(data))))] = chance.randrange(256)
+        try:
+            read += load_image(io.BytesIO(data[: chance.choice((None, chance.randrange(len(data))))]), 16).shape[0]
+        except UnreadableImage as problem:
+            if not str(problem) or "\n" in str(problem):
+                pytest.fail(repr(problem))
+    assert read % 16 == 0
+
+
+def test_postscript_is_never_run_whatever_its_name(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UnreadableImage, match="none of BMP"):
+        load_image(tmp_path / "x.png", 16)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_many_images_come_in_the_order_asked_for(tmp_path, workers):
+    for index in range(5):
+        Image.new("L", (20, 20), index).save(tmp_path / f"{index}.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    order = [4, 0, 3, 1, 1]
+    read = list(read_images(list_images(tmp_path), order, 16, workers, ahead=2))
+    assert isinstance(read.pop(2), UnreadableImage)
+    assert [image.shape for image in read] == [(16, 16, 3)] * 4
+    assert [int(image.max()) for image in read] == [4, 0, 1, 1]
