@@ -113,6 +113,8 @@ def test_statistics_do_not_depend_on_batches_or_merging(seed, parts, offset):
         for size in part:
             rows.append(rng.normal(offset, 1, (size, 3)))
             other.update(rows[-1])
+        if other.count > 1:  # also by way of its moments
+            other = FeatureStatistics.of(other.count, other.mean(), other.covariance())
         merged.merge(other)
     rows = np.concatenate(rows)
     assert merged.count == len(rows)

@@ -19,7 +19,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    size = ["--steps", STEPS, "--autoencoder-steps", 200, "--num-samples", 200]
+    size = ["--steps", STEPS, "--autoencoder-steps", 200, "--num-samples", 100]
     command = [sys.executable, "tools/demo.py", "--run-dir", folder / "run", "--data-dir", folder / "data", *size]
     done = subprocess.run(
         [str(c) for c in command],
@@ -56,9 +56,9 @@ def test_what_it_says_and_leaves(demo):
         assert (run / name).exists(), name
         assert name.startswith("log") or str(run / name.split("/")[0]) in printed
     with np.load(run / "samples.npz") as file:
-        assert file["arr_0"].shape == (200, 32, 32, 3)
+        assert file["arr_0"].shape == (100, 32, 32, 3)
         assert file["arr_0"].dtype == np.uint8
-        assert np.bincount(file["arr_1"]).tolist() == [20] * 10
+        assert np.bincount(file["arr_1"]).tolist() == [10] * 10
     assert Image.open(run / "samples.png").size == (12 * 34 + 2, 10 * 34 + 2)
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"frechet_distance", "precision", "recall", "label_accuracy"} <= metrics.keys()

@@ -5,22 +5,31 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from launching import launch, launched
 from PIL import Image
 
 from switchdit.errors import UserError
 from tools import eval_fid
-from tools.adm_metrics import inception_score, precision_recall
-from tools.feature_network import Architecture, Classifier, load_feature_network, normalised, save_feature_network
-from tools.image_sets import open_images
+from tools.adm_metrics import inception_score, kernel_distance, precision_recall
+from tools.feature_network import (
+    Architecture,
+    Classifier,
+    ClassifierFeatures,
+    Features,
+    load_feature_network,
+    normalised,
+    save_feature_network,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +41,11 @@ def network_file(tmp_path_factory):
     torch.manual_seed(0)
     save_feature_network(path, Classifier(architecture), architecture)
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCHDIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -86,7 +100,15 @@ def test_numbers_are_those_of_the_features(files, network_file, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "Fréchet distance (toy features)" in printed
     assert "FID" not in printed
-    assert not {"fid", "sfid", "inception_score"} & set(scores)
+    assert not {"fid", "sfid", "inception_score", "kid"} & set(scores)
+    kernel = {"subsets": 100, "subset_size": 30, "seed": 0}
+    assert scores["kernel_distance"] == kernel_distance(of_ref.numpy(), of_samples.numpy(), **kernel)
+    assert scores["options"]["kid"] == kernel
+    assert printed.index("kernel distance") > printed.index("besides these:") > printed.index("recall")
+    assert scores["command"].startswith("tools/eval_fid.py --ref ")
+    assert datetime.fromisoformat(scores["date"]).utcoffset().total_seconds() == 0
+    assert scores["seconds"] > 0
+    assert scores["device"]
 
 
 def test_batch_size_does_not_change_the_numbers(files, network_file, tmp_path):
@@ -110,30 +132,99 @@ def test_a_folder_scores_as_the_npz_of_its_images(files, network_file, tmp_path)
     assert "label_accuracy" not in of_folder
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    count=st.integers(1, 40),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-    batch=st.integers(1, 50),
-    compressed=st.booleans(),
-    labels=st.booleans(),
-)
-def test_streaming_gives_what_was_saved(tmp_path_factory, count, height, width, batch, compressed, labels):
-    path = tmp_path_factory.getbasetemp() / "streamed.npz"
-    rng = np.random.default_rng(count)
-    arrays = {"arr_0": rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)}
-    if labels:
-        arrays["arr_1"] = rng.integers(0, 9, count)
-    (np.savez_compressed if compressed else np.savez)(path, **arrays)
-    images = open_images(path, "--ref")
-    batches = list(images.batches(batch))
-    assert (images.count, images.shape) == (count, (height, width))
-    assert [len(b) for b in batches[:-1]] == [batch] * (len(batches) - 1)
-    np.testing.assert_array_equal(np.concatenate(batches), arrays["arr_0"])
-    assert (images.labels is not None) == labels
-    if labels:
-        np.testing.assert_array_equal(images.labels, arrays["arr_1"])
+METRICS = ("frechet_distance", "precision", "recall", "class_score", "kernel_distance")
+
+
+def test_second_evaluation_takes_the_reference_from_the_cache(files, network_file, tmp_path, capsys, monkeypatch):
+    score(*files, network_file, "--out", tmp_path / "1.json", "--cache", tmp_path / "mine")
+    assert "from the cache" not in capsys.readouterr().out
+    seen, pass_through = [], ClassifierFeatures.__call__
+    monkeypatch.setattr(
+        ClassifierFeatures, "__call__", lambda self, images: seen.append(len(images)) or pass_through(self, images)
+    )
+    score(*files, network_file, "--out", tmp_path / "2.json", "--cache", tmp_path / "mine", "--cache-samples")
+    assert sum(seen) == 30  # the samples alone
+    assert f"features of the reference: from the cache {tmp_path / 'mine'}" in capsys.readouterr().out
+    score(*files, network_file, "--out", tmp_path / "3.json", "--cache", tmp_path / "mine", "--cache-samples")
+    assert sum(seen) == 30
+    assert "features of the samples: from the cache" in capsys.readouterr().out
+    score(*files, network_file, "--out", tmp_path / "4.json", "--no-cache")
+    assert sum(seen) == 100
+    assert not (tmp_path / "cache").exists()  # the default one
+    first, *others = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (1, 2, 3, 4))
+    assert all(other[key] == first[key] for other in others for key in METRICS)
+
+
+def test_comparison_and_markdown_row(files, network_file, tmp_path, capsys):
+    score(*files, network_file, "--out", tmp_path / "old.json", "--distances", "float64")
+    capsys.readouterr()
+    score(files[0], files[0], network_file, "--compare", tmp_path / "old.json", "--markdown", "--name", "mine")
+    printed = capsys.readouterr()
+    assert [line for line in printed.err.splitlines() if line.startswith("warning: ")] == [
+        "warning: not comparable: number of samples: 30 before, 40 now",
+        "warning: not comparable: distances of precision and recall: float64 before, float16 now",
+        'warning: not comparable: protocol of KID: {"subsets": 100, "subset_size": 30, "seed": 0} before, '
+        '{"subsets": 100, "subset_size": 40, "seed": 0} now',
+    ]
+    old = json.loads((tmp_path / "old.json").read_text())["frechet_distance"]
+    shown = " ".join(printed.out.split())
+    assert f"old new difference Fréchet distance (features of net.safetensors) {old:.4f} 0.0000 {-old:+.4f}" in shown
+    assert "| Name | Images | Fréchet distance (features of net.safetensors) | Precision | Recall |" in printed.out
+    assert "| mine | 40 | 0.0000 | 1.0000 | 1.0000 |" in printed.out
+
+
+def test_a_network_without_classes_has_no_class_score(files, network_file, tmp_path, monkeypatch):
+    class Pixels:
+        image_size, num_classes, statistics_sizes = 8, 0, {}
+        description = {"file": "pixels", "sha256": "0" * 64}  # noqa: RUF012
+
+        def __call__(self, images):
+            return Features(images.reshape(len(images), -1)[:, :6].astype(np.float32), None, None)
+
+    monkeypatch.setattr(eval_fid, "load_network", lambda *_: Pixels())
+    score(*files, network_file, "--out", tmp_path / "m.json")
+    scores = json.loads((tmp_path / "m.json").read_text())
+    assert scores["frechet_distance"] > 0
+    assert not {"class_score", "label_accuracy"} & set(scores)
+
+
+def numbers(path):
+    scores = json.loads(path.read_text())
+    return {key: scores[key] for key in METRICS}
+
+
+@pytest.mark.world_size(2)
+def test_several_processes_find_what_one_finds(files, network_file, tmp_path):
+    with np.load(files[1]) as arrays:
+        safetensors.numpy.save_file(dict(arrays), tmp_path / "samples.safetensors")
+    sets = ["--ref", files[0], "--samples", tmp_path / "samples.safetensors", "--features", network_file]
+    sets += ["--batch-size", 4, "--distances", "float64"]
+    eval_fid.main([*map(str, sets), "--out", str(tmp_path / "one.json"), "--no-cache"])
+    done = launched(2, "tools/eval_fid.py", *sets, "--out", tmp_path / "two.json", "--cache", tmp_path / "kept")
+    assert numbers(tmp_path / "two.json") == pytest.approx(numbers(tmp_path / "one.json"), rel=1e-9)
+    assert json.loads((tmp_path / "two.json").read_text())["options"]["processes"] == 2
+    assert done.stdout.count("precision") == 1
+    # what they kept is what one process takes up
+    eval_fid.main([*map(str, sets), "--out", str(tmp_path / "again.json"), "--cache", str(tmp_path / "kept")])
+    assert numbers(tmp_path / "again.json") == pytest.approx(numbers(tmp_path / "one.json"), rel=1e-9)
+
+
+@pytest.mark.world_size(2)
+def test_a_mistake_that_one_process_meets_ends_all_in_one_line(files, network_file, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(12):
+        Image.fromarray(good(1)[0]).save(folder / f"{i:02d}.png")
+    (folder / "11.png").write_bytes(b"no picture")  # the second process's part
+    started = time.monotonic()
+    sets = ["--ref", files[0], "--samples", folder, "--features", network_file, "--batch-size", 4]
+    done = launch(2, "tools/eval_fid.py", *sets, "--out", tmp_path / "metrics.json")
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "11.png cannot be read" in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def good(n=10):
@@ -251,14 +342,26 @@ def test_folders_that_cannot_be_scored(tmp_path, files, network_file, capsys):
     assert "5.png cannot be read" in failure(capsys, *arguments)
 
 
-def test_options_that_cannot_work(tmp_path, files, network_file, capsys, monkeypatch):
-    monkeypatch.setenv("SWITCHDIT_CACHE", str(tmp_path / "cache"))
+def foreign_json(folder):
+    (folder / "foreign.json").write_text('{"loss": [1, 2]}')
+    return folder / "foreign.json"
+
+
+def test_options_that_cannot_work(tmp_path, files, network_file, capsys):
     sets = ["--ref", files[0], "--samples", files[1]]
     assert "no Inception weights in" in failure(capsys, *sets)
     assert "give one of them" in failure(capsys, *sets, "--features", network_file, "--inception", "auto")
     assert "which is missing" in failure(capsys, *sets, "--features-name", "x")
     assert "it must be at least 1" in failure(capsys, *sets, "--batch-size", 0)
     assert "is a folder" in failure(capsys, *sets, "--out", tmp_path)
+    own = [*sets, "--features", network_file]
+    assert "another network is named" in failure(capsys, *own, "--download")
+    assert "--no-cache and --cache contradict" in failure(capsys, *own, "--no-cache", "--cache", tmp_path / "c")
+    assert "--no-cache and --cache-samples contradict" in failure(capsys, *own, "--no-cache", "--cache-samples")
+    assert "--markdown, which is missing" in failure(capsys, *own, "--name", "x")
+    assert "does not exist" in failure(capsys, *own, "--compare", tmp_path / "absent.json")
+    assert "it is no metrics.json" in failure(capsys, *own, "--compare", foreign_json(tmp_path))
+    assert not (tmp_path / "cache").exists()
     assert "cannot be written" in failure(capsys, *sets, "--out", files[0] / "metrics.json")
     assert "does not exist" in failure(capsys, "--ref", tmp_path / "absent.npz", "--samples", files[1])
     assert "does not exist" in failure(capsys, *sets, "--features", tmp_path / "absent")

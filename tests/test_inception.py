@@ -1,18 +1,29 @@
 """The Inception of 2015: against TensorFlow on a stand-in graph (golden/ADM.md), and how its files are found."""
 
+import errno
+import hashlib
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import inception_standin
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import tools.inception_weights as inception_weights
 from switchdit.errors import UserError
 from tools import eval_fid
+from tools.adm_metrics import kernel_distance
 from tools.inception import load_inception, resize_tf1
 from tools.inception_weights import CONVERTED, CONVERTED_NAMES, GRAPH, find_weights, read_converted, read_graph
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SWITCHDIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,105 @@ def test_the_published_file_is_found_in_the_cache(tmp_path, monkeypatch):
     )
 
 
+class Served(http.server.BaseHTTPRequestHandler):
+    """What the network answers: the content of ``files`` by path, cut short where ``cut`` says so."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    cut = 0
+
+    def do_GET(self):
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        self.wfile.write((content or b"")[: -self.cut or None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A handler to fill; both published addresses lead to it."""
+    handler = type("Handler", (Served,), {"files": {}})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(inception_weights, "GRAPH_URL", f"{address}/graph")
+    monkeypatch.setattr(inception_weights, "CONVERTED_URL", f"{address}/converted")
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+CONTENT = b"weights" * 100_000
+
+
+@pytest.mark.parametrize("name", [GRAPH, CONVERTED])
+def test_download_puts_the_published_file_into_the_cache(name, served, monkeypatch, tmp_path, capsys):
+    served.files["/graph" if name == GRAPH else "/converted"] = CONTENT  # the other one is not there
+    monkeypatch.setattr(inception_weights, "GRAPH_MD5", hashlib.md5(CONTENT).hexdigest())
+    monkeypatch.setattr(inception_weights, "CONVERTED_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    weights = find_weights("auto", download=True)
+    assert weights.path == tmp_path / "cache" / name
+    assert weights.published
+    assert weights.path.read_bytes() == CONTENT
+    assert f"downloading {name}: 100%" in capsys.readouterr().err
+    served.files.clear()
+    assert find_weights("auto", download=True) == weights  # it is there now
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("case", ["wrong hash", "cut short", "not there", "refused", "too long"])
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(case, served, monkeypatch, tmp_path):
+    monkeypatch.setattr(inception_weights, "GRAPH_MD5", hashlib.md5(CONTENT).hexdigest())
+    reason = {
+        "wrong hash": f"its MD5 is {hashlib.md5(CONTENT + b'!').hexdigest()}, expected .*: refused",
+        "cut short": "the connection ended after 699995 of 700000 bytes",
+        "not there": "HTTP Error 404: Not Found",
+        "refused": "Connection refused",
+        "too long": "more than 1000 bytes",
+    }[case]
+    if case != "not there":
+        served.files["/graph"] = served.files["/converted"] = CONTENT + b"!" * (case == "wrong hash")
+    served.cut = 5 if case == "cut short" else 0
+    if case == "too long":
+        monkeypatch.setattr(inception_weights, "LARGEST_BYTES", 1000)
+    if case == "refused":
+        for name in ("GRAPH_URL", "CONVERTED_URL"):
+            monkeypatch.setattr(inception_weights, name, "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match=reason) as mistake:
+        find_weights("auto", download=True)
+    message = str(mistake.value)
+    assert len(message.splitlines()) == 1
+    for part in (CONVERTED, GRAPH, inception_weights.CONVERTED_URL, "or add --download"):
+        assert part in message
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_nothing_is_downloaded_unasked(served, tmp_path):
+    served.files["/graph"] = CONTENT
+    with pytest.raises(UserError, match=r"or add --download$"):
+        find_weights("auto")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_while_downloading_is_no_matter_of_the_network(served, monkeypatch, tmp_path):
+    served.files["/graph"] = CONTENT
+    monkeypatch.setattr(inception_weights, "GRAPH_MD5", hashlib.md5(CONTENT).hexdigest())
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        find_weights("auto", download=True)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.mark.parametrize("damage", ["short", "other"])
 def test_a_damaged_graph_is_one_line(tmp_path, graph_file, damage):
     content = graph_file.read_bytes()[:50_000] if damage == "short" else b""
@@ -135,13 +245,27 @@ def test_eval_fid_writes_the_five_numbers(tmp_path, graph_file, network, monkeyp
     np.savez(tmp_path / "ref.npz", arr_0=inception_standin.ref()[:6])
     np.savez_compressed(tmp_path / "samples.npz", arr_0=inception_standin.sample()[:5])
     arguments = ["--ref", tmp_path / "ref.npz", "--samples", tmp_path / "samples.npz"]
-    eval_fid.main([*map(str, arguments), "--inception", str(graph_file), "--out", str(tmp_path / "metrics.json")])
+    eval_fid.main(
+        [
+            *map(str, arguments),
+            "--inception",
+            str(graph_file),
+            "--out",
+            str(tmp_path / "metrics.json"),
+            "--cache-samples",
+        ]
+    )
     printed = capsys.readouterr()
     assert "not the published graph file" in printed.err
     assert "sFID 2023.0000" in " ".join(printed.out.split())
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert list(scores)[:5] == ["fid", "sfid", "inception_score", "precision", "recall"]
     assert (scores["fid"], scores["sfid"]) == (2048, 2023)
+    kept = [safetensors.numpy.load_file(path) for path in (tmp_path / "cache" / "features").iterdir()]
+    of_samples, of_ref = sorted((arrays["pooled"] for arrays in kept if "pooled" in arrays), key=len)
+    assert scores["options"]["kid"] == {"subsets": 100, "subset_size": 5, "seed": 0}
+    assert scores["kid"] == kernel_distance(of_ref, of_samples, 100, 5, 0)
+    assert "besides ADM's five: KID" in " ".join(printed.out.split())
     assert all(np.isfinite(scores[key]) for key in ("inception_score", "precision", "recall"))
     assert scores["network"]["published"] is False
 
@@ -157,6 +281,7 @@ def test_eval_fid_takes_stored_statistics_without_images(tmp_path, graph_file, n
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert (scores["fid"], scores["sfid"]) == (7, 9)
     assert scores["precision"] is None
+    assert scores["kid"] is None
     assert scores["reference"]["statistics"] == "stored"
 
 

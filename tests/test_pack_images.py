@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from switchdit.data.image_folder import load_image
+from switchdit.data.image_pixels import load_image
 from tools import pack_images
 
 

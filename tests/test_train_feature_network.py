@@ -1,5 +1,7 @@
 """The classifier whose features score the demo."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,14 @@ def test_training_depends_on_the_seed_alone(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_tar_of_the_images_gives_the_same_network(folder, tmp_path):
+    train(folder, tmp_path / "a.safetensors", "--steps", 2)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, arcname=".")
+    train(tmp_path / "images.tar", tmp_path / "b.safetensors", "--steps", 2)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_a_fifth_of_every_class_is_held_out():
     labels = np.repeat([0, 1, 2], [5, 10, 23])
     assert [int(held_out_images(labels)[labels == i].sum()) for i in range(3)] == [1, 2, 4]
@@ -92,7 +102,7 @@ def test_bad_input_ends_in_one_line_and_leaves_the_file(folder, tmp_path, capsys
     assert "is a folder" in failure(capsys, "--data", folder, "--out", tmp_path)
     assert "fewer than two class folders" in failure(capsys, "--data", folder / "0", "--out", out)
     (folder / "2" / "07.png").write_bytes(b"no image")
-    assert "2/07.png cannot be read" in failure(capsys, "--data", folder, "--out", out)
+    assert "2/07.png: it is none of BMP" in failure(capsys, "--data", folder, "--out", out)
     for path in list((folder / "2").iterdir())[4:]:
         path.unlink()
     (folder / "2" / "07.png").unlink(missing_ok=True)

@@ -35,6 +35,13 @@ class FeatureStatistics:
         self._pending: list[np.ndarray] = []
         self._pending_rows = 0
 
+    @classmethod
+    def of(cls, count: int, mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
+        """Of ``count`` rows that were seen elsewhere; mean (F,), covariance (F, F) as `covariance` gives it."""
+        statistics = cls(len(mean))
+        statistics._join(count, mean, covariance * (count - 1))
+        return statistics
+
     @property
     def count(self) -> int:
         """Rows seen."""

@@ -181,6 +181,7 @@ def score(args: argparse.Namespace, checkpoint: Path, folder: Path, log: Path) -
         run(["switchdit/sample.py", *options, "--batch-size", 100], log, args.nproc)
         features = ["--features", args.out / "classifier.safetensors", "--features-name", FEATURES_NAME]
         compared = ["--ref", args.out / "reference.npz", "--samples", samples, *features, "--out", metrics]
+        compared += ["--cache", args.out / "features"]
         run(["tools/eval_fid.py", *compared], log)
     values = json.loads(metrics.read_text())
     return {name: values[name] for name in ("frechet_distance", "label_accuracy", "precision", "recall")}

@@ -77,6 +77,7 @@ def main() -> None:
     python("tools/pack_images.py", "--data", images, "--out", reference, *size)
     features = ["--features", classifier, "--features-name", "digit features"]
     compared = ["--ref", reference, "--samples", run / "samples.npz", *features, "--out", run / "metrics.json"]
+    compared += ["--cache", data / "features"]
     python("tools/eval_fid.py", *compared)
 
     metrics = json.loads((run / "metrics.json").read_text())

@@ -1,9 +1,8 @@
-"""Feature networks other than Inception: a small convolutional classifier, and the file that holds one.
+"""Feature networks other than Inception: a small convolutional classifier, and the files that hold a network.
 
-The file is safetensors: weights, and in its metadata one JSON text that describes the architecture. An exported
-program (`torch.export.save`, .pt2) would hold any architecture, but `torch.export.load` unpickles with
-``weights_only=False`` (weights, constants, custom objects), evaluates strings as sympy expressions and loads compiled
-libraries, so opening such a file hands the machine to whoever wrote it. Nothing in a safetensors file can run.
+The classifier's file is safetensors: weights, and in its metadata one JSON text that describes the architecture. Any
+other architecture comes as an exported program (.pt2), which `tools/exported_program.py` interprets. Nothing in either
+can run code; pickles and TorchScript can, and are not opened.
 """
 
 from __future__ import annotations
@@ -117,7 +116,8 @@ class ClassifierFeatures:
     """A `FeatureNetwork` made of a `Classifier`: the layer before its head, and softmax over its classes."""
 
     def __init__(self, classifier: Classifier, architecture: Architecture, description: dict[str, Any]):
-        self.classifier = classifier.eval()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.classifier = classifier.eval().to(self.device)
         self.architecture = architecture
         self.description = description
         self.image_size: int | None = architecture.image_size
@@ -126,8 +126,9 @@ class ClassifierFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Features:
-        features, logits = self.classifier(normalised(images))
-        return Features(features.numpy(), None, logits.softmax(dim=1).numpy())
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features, logits = self.classifier(normalised(images).to(self.device))
+        return Features(features.cpu().numpy(), None, logits.softmax(dim=1).cpu().numpy())
 
 
 def save_feature_network(path: Path, classifier: Classifier, architecture: Architecture) -> None:
@@ -138,10 +139,21 @@ def save_feature_network(path: Path, classifier: Classifier, architecture: Archi
         file.write(safetensors.torch.save(weights, metadata={"network": text}))
 
 
-def load_feature_network(path: Path) -> ClassifierFeatures:
-    """Read a file of `save_feature_network`. Raises `UserError` for anything else, running nothing of it."""
+def load_feature_network(path: Path) -> FeatureNetwork:
+    """Read a file of `save_feature_network` or of ``torch.export.save``. Raises `UserError` for anything else."""
     if not path.is_file():
         raise UserError(f"--features {path} {'is not a file' if path.exists() else 'does not exist'}")
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        from tools.exported_program import load_exported_program
+
+        return load_exported_program(path)
+    return load_classifier(path)
+
+
+def load_classifier(path: Path) -> ClassifierFeatures:
+    """Read a file of `save_feature_network`. Raises `UserError` for anything else, running nothing of it."""
     architecture = read_architecture(path)
     classifier = Classifier(architecture)
     try:
@@ -154,19 +166,12 @@ def load_feature_network(path: Path) -> ClassifierFeatures:
 
 def read_architecture(path: Path) -> Architecture:
     """The `Architecture` in a file's metadata; `UserError` when there is none."""
-    expected = "expected a safetensors file of tools/train_feature_network.py"
+    expected = "expected a safetensors file of tools/train_feature_network.py or an exported program (.pt2)"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as problem:
-        with open(path, "rb") as file:
-            archive = file.read(2) == b"PK"
-        hint = (
-            "; exported programs (.pt2) and pickles can run code when they are opened, so they are not"
-            if archive
-            else ""
-        )
-        raise UserError(f"--features {path} is not readable as a feature network; {expected}{hint}") from problem
+        raise UserError(f"--features {path} is not readable as a feature network; {expected}") from problem
     try:
         values = json.loads(metadata.get("network", "null"))
         if not isinstance(values, dict) or values.pop("kind", None) != KIND:

@@ -1,31 +1,35 @@
-"""Sets of images to score, read block by block: .npz files in ADM's format, and folders of PNG and JPEG.
+"""Sets of images to score: .npz files in ADM's format, the same arrays in .safetensors, folders of PNG and JPEG.
 
-An .npz of 50,000 images of 256 x 256 holds 9.8 GB: it is never in memory as a whole. No pickle is ever read.
+An .npz of 50,000 images of 256 x 256 holds 9.8 GB: it is read block by block, and never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from switchdit.data.image_pixels import DAMAGED as DAMAGED_IMAGE
+from switchdit.data.image_pixels import to_rgb
 from switchdit.errors import UserError
 from switchdit.files import sha256_of
+from switchdit.progress import progress
+from tools.array_files import DAMAGED, Header, NpzArrays, SafetensorsArrays
 
 # N = images, H, W = pixels, F = features
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-LONGEST_HEADER = 10_000  # characters of a .npy header: numpy's own limit
-LARGEST_SIDE, LARGEST_COUNT = 1 << 14, 10**8  # pixels, images: a header with more is damaged
+FORMATS = ("PNG", "JPEG")  # others are not even tried: Pillow starts Ghostscript for what turns out to be PostScript
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+LARGEST_SIDE, LARGEST_COUNT = 1 << 14, 10**7  # pixels, images: a header with more is damaged
 LARGEST_DIMENSION = 1 << 13  # of statistics
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
+MOST_THREADS = 8  # that decode images: more do not keep a network busier
 
 
 class ImageSet(Protocol):
@@ -42,12 +46,15 @@ class ImageSet(Protocol):
     labels: np.ndarray | None
     statistics: dict[str, np.ndarray]
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All images in order, (size, H, W, 3) uint8 at a time; `UserError` where they turn out to be damaged."""
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Images ``start`` to ``stop`` (all of them) in order, (size, H, W, 3) uint8 at a time.
+
+        Raises `UserError` where they turn out to be damaged.
+        """
         ...
 
     def sha256(self) -> str:
-        """Of the file, or of the names and contents of a folder's images."""
+        """Of the file, or of the names and contents of a folder's images; computed once."""
         ...
 
 
@@ -57,73 +64,87 @@ def open_images(path: Path, option: str) -> ImageSet:
         return _open_folder(path, option)
     if not path.exists():
         raise UserError(f"{option} {path} does not exist")
-    return _open_npz(path, option)
+    return _open_arrays(path, option)
 
 
-@dataclass(frozen=True)
-class NpyHeader:
-    """What the head of a .npy member says; rows are the entries of its first axis."""
+def describe(images: ImageSet) -> dict[str, Any]:
+    """Path, SHA-256, number and size of the images, for metrics.json."""
+    size = {"height": images.shape[0], "width": images.shape[1]} if images.count else None
+    return {"path": str(images.path), "sha256": images.sha256(), "count": images.count, "image_size": size}
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+
+def _reason(problem: BaseException) -> str:
+    return (str(problem).split("\n")[0] or type(problem).__name__)[:200]
+
+
+# ------------------------------------------------------------------------------------------- files of arrays
 
 
 @dataclass
-class NpzImages:
-    """`ImageSet` of a .npz file, stored or compressed."""
+class ArrayImages:
+    """`ImageSet` of a .npz or .safetensors file: arr_0 (images), arr_1 (labels), and statistics."""
 
     option: str
     path: Path
+    arrays: NpzArrays | SafetensorsArrays
     count: int = 0
     shape: tuple[int, int] = (0, 0)
     labels: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
+    digest: str | None = None
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        row = (*self.shape, 3)
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                _read_header(file)
-                for start in range(0, self.count, size):
-                    n = min(size, self.count - start)
-                    yield _read_exactly(file, np.empty((n, *row), np.uint8))
-                # Only when the end has been read does zipfile compare the checksum.
-                if file.read(1):
-                    raise zipfile.BadZipFile("bytes after the last image")
+            yield from self.arrays.blocks("arr_0", size, start, self.count if stop is None else stop)
         except DAMAGED as problem:
             raise UserError(f"{self.option} {self.path}: arr_0 is damaged ({_reason(problem)})") from problem
 
     def sha256(self) -> str:
-        return sha256_of(self.path)
+        if self.digest is None:
+            digest = hashlib.sha256()
+            with (
+                open(self.path, "rb") as file,
+                progress(desc=f"checksum of {self.path.name}", total=os.fstat(file.fileno()).st_size, unit="B") as bar,
+            ):
+                bar.unit_scale = True
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    bar.update(len(block))
+            self.digest = digest.hexdigest()
+        return self.digest
 
 
-def _open_npz(path: Path, option: str) -> NpzImages:
-    images = NpzImages(option, path)
+def _open_arrays(path: Path, option: str) -> ArrayImages:
+    kind, reader = (".safetensors", SafetensorsArrays) if path.suffix == ".safetensors" else (".npz", NpzArrays)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
-            if "arr_0.npy" in members:
-                header = _member_header(archive, "arr_0", images)
-                _check_images(header, images)
-                images.count, images.shape = header.shape[0], (header.shape[1], header.shape[2])
-                if "arr_1.npy" in members:
-                    images.labels = _read_labels(archive, images)
-            for name in ("mu", "sigma", "mu_s", "sigma_s"):
-                if f"{name}.npy" in members:
-                    images.statistics[name] = _read_statistics(archive, name, images)
+        images = ArrayImages(option, path, reader(path, ("arr_0", "arr_1", *STATISTICS)))
+        headers = images.arrays.headers
+        for name, header in headers.items():
+            if header.fault:
+                raise UserError(f"{option} {path}: {name} {header.fault}")
+        if "arr_0" in headers:
+            header = headers["arr_0"]
+            _check_images(header, images)
+            images.count, images.shape = header.shape[0], (header.shape[1], header.shape[2])
+            if "arr_1" in headers:
+                images.labels = _read_labels(headers["arr_1"], images)
+        for name in STATISTICS:
+            if name in headers:
+                images.statistics[name] = _read_statistics(name, headers[name], images)
     except DAMAGED as problem:
         if isinstance(problem, UserError):
             raise
-        raise UserError(f"{option} {path} is not a sound .npz file ({_reason(problem)})") from problem
+        raise UserError(f"{option} {path} is not a sound {kind} file ({_reason(problem)})") from problem
     if not images.count and not images.statistics:
-        raise UserError(f"{option} {path} has no array arr_0 (images, uint8, NHWC); it holds {_listing(members)}")
+        listing = _listing(images.arrays.members)
+        raise UserError(f"{option} {path} has no array arr_0 (images, uint8, NHWC); it holds {listing}")
     return images
 
 
-def _check_images(header: NpyHeader, images: NpzImages) -> None:
+def _check_images(header: Header, images: ArrayImages) -> None:
     fault = None
-    if header.dtype != np.uint8:
-        hint = "; images are expected as integers from 0 to 255" if header.dtype.kind == "f" else ""
+    if header.dtype != "uint8":
+        hint = "; images are expected as integers from 0 to 255" if header.kind == "f" else ""
         fault = f"has dtype {header.dtype}, not uint8{hint}"
     elif len(header.shape) != 4 or header.shape[3] != 3:
         fault = f"has shape {header.shape}, not (N, height, width, 3)"
@@ -135,79 +156,36 @@ def _check_images(header: NpyHeader, images: NpzImages) -> None:
         raise UserError(f"{images.option} {images.path}: arr_0 {fault}")
 
 
-def _read_labels(archive: zipfile.ZipFile, images: NpzImages) -> np.ndarray:
-    header = _member_header(archive, "arr_1", images)
-    if header.dtype.kind not in "iu" or header.shape != (images.count,):
+def _read_labels(header: Header, images: ArrayImages) -> np.ndarray:
+    """(N,) int64."""
+    if header.kind not in "iu" or header.shape != (images.count,):
         raise UserError(
             f"{images.option} {images.path}: arr_1 (labels) has dtype {header.dtype} and shape {header.shape}; "
             f"expected {images.count} integers"
         )
-    return _read_array(archive, "arr_1", header).astype(np.int64)
+    return images.arrays.read("arr_1").astype(np.int64)
 
 
-def _read_statistics(archive: zipfile.ZipFile, name: str, images: NpzImages) -> np.ndarray:
+def _read_statistics(name: str, header: Header, images: ArrayImages) -> np.ndarray:
     """(F,) or (F, F) float64."""
-    header = _member_header(archive, name, images)
     dimensions = 1 if name.startswith("mu") else 2
     too_large = max(header.shape, default=0) > LARGEST_DIMENSION
-    if header.dtype.kind != "f" or len(header.shape) != dimensions or len(set(header.shape)) != 1 or too_large:
+    if header.kind != "f" or len(header.shape) != dimensions or len(set(header.shape)) != 1 or too_large:
         raise UserError(
             f"{images.option} {images.path}: {name} has dtype {header.dtype} and shape {header.shape}; "
             f"expected floats of shape {'(F,)' if dimensions == 1 else '(F, F)'}"
         )
-    values = _read_array(archive, name, header).astype(np.float64)
+    values = images.arrays.read(name).astype(np.float64)
     if not np.isfinite(values).all():
         raise UserError(f"{images.option} {images.path}: {name} holds values that are not finite")
     return values
 
 
-def _member_header(archive: zipfile.ZipFile, name: str, images: NpzImages) -> NpyHeader:
-    """Header of an array that is no pickle, lies in C order and is as long as it says."""
-    with archive.open(f"{name}.npy") as file:
-        shape, fortran_order, dtype = _read_header(file)
-        length = archive.getinfo(f"{name}.npy").file_size - file.tell()
-    fault = None
-    if dtype.hasobject or dtype.names:
-        fault = f"has dtype {dtype}, which would have to be unpickled" if dtype.hasobject else f"has dtype {dtype}"
-    elif fortran_order and len(shape) > 1 and name == "arr_0":
-        fault = "lies in Fortran order and cannot be read in blocks; save np.ascontiguousarray(...) of it"
-    elif any(side < 0 for side in shape) or length != int(np.prod(shape, dtype=object)) * dtype.itemsize:
-        fault = f"is damaged: shape {shape} and dtype {dtype} do not make its {length} bytes"
-    if fault:
-        raise UserError(f"{images.option} {images.path}: {name} {fault}")
-    return NpyHeader(shape, dtype)
+def _listing(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file, max_header_size=LONGEST_HEADER)
-    return np.lib.format.read_array_header_2_0(file, max_header_size=LONGEST_HEADER)
-
-
-def _read_array(archive: zipfile.ZipFile, name: str, header: NpyHeader) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False).reshape(header.shape)
-
-
-def _read_exactly(file: IO[bytes], array: np.ndarray) -> np.ndarray:
-    """Fill ``array`` (uint8, C order) from the file and return it."""
-    missing = memoryview(array).cast("B")
-    while missing:
-        length = file.readinto(missing)
-        if not length:
-            raise EOFError(f"{len(missing)} bytes are missing at its end")
-        missing = missing[length:]
-    return array
-
-
-def _reason(problem: Exception) -> str:
-    return (str(problem).split("\n")[0] or type(problem).__name__)[:200]
-
-
-def _listing(names: set[str]) -> str:
-    shown = sorted(name.removesuffix(".npy") for name in names)
-    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "") if shown else "nothing"
+# -------------------------------------------------------------------------------------------- image folders
 
 
 @dataclass
@@ -220,14 +198,26 @@ class FolderImages:
     shape: tuple[int, int]
     labels: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
+    digest: str | None = None
 
     @property
     def count(self) -> int:
         return len(self.names)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        for start in range(0, self.count, size):
-            yield np.stack([self._read(name) for name in self.names[start : start + size]])
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        names = self.names[start:stop]
+        pool = ThreadPoolExecutor(_threads())
+
+        def decode(first: int) -> list[Future]:
+            return [pool.submit(self._read, name) for name in names[first : first + size]]
+
+        try:
+            ahead = decode(0)
+            for first in range(0, len(names), size):
+                batch, ahead = ahead, decode(first + size)
+                yield np.stack([image.result() for image in batch])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, name: str) -> np.ndarray:
         image = _decode(self.path / name, self.option)
@@ -239,10 +229,12 @@ class FolderImages:
         return image
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(f"{name}\0{sha256_of(self.path / name)}\n".encode())
-        return digest.hexdigest()
+        if self.digest is None:
+            digest = hashlib.sha256()
+            for name in self.names:
+                digest.update(f"{name}\0{sha256_of(self.path / name)}\n".encode())
+            self.digest = digest.hexdigest()
+        return self.digest
 
 
 def _open_folder(path: Path, option: str) -> FolderImages:
@@ -261,11 +253,10 @@ def _decode(path: Path, option: str) -> np.ndarray:
     """(H, W, 3) uint8."""
     from PIL import Image
 
-    from switchdit.data.image_folder import DAMAGED as DAMAGED_IMAGE
-    from switchdit.data.image_folder import to_rgb
-
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > LARGEST_SIDE:
+                raise ValueError(f"{_by(image.size[::-1])} pixels are more than any image to score has")
             image.load()
             return np.asarray(to_rgb(image))
     except DAMAGED_IMAGE as problem:
@@ -276,7 +267,8 @@ def _by(shape: tuple[int, ...]) -> str:
     return f"{shape[1]} x {shape[0]}"
 
 
-def describe(images: ImageSet) -> dict[str, Any]:
-    """Path, SHA-256, number and size of the images, for metrics.json."""
-    size = {"height": images.shape[0], "width": images.shape[1]} if images.count else None
-    return {"path": str(images.path), "sha256": images.sha256(), "count": images.count, "image_size": size}
+def _threads() -> int:
+    """The cores of this process, which it shares with the others that a launcher started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    return min(MOST_THREADS, max(1, cores // processes))

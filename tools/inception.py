@@ -8,7 +8,8 @@ outputs without their bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,25 @@ class Inception(nn.Module):
     def __call__(self, images: np.ndarray) -> Features:
         """Images (N, H, W, 3) uint8 -> `Features`, in float32 throughout (TF32 would move them by 3.5e-3)."""
         device = getattr(self, self.names["conv/bias"]).device
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_float32():
             outputs = super().__call__(torch.from_numpy(images).to(device).permute(0, 3, 1, 2))
         return Features(*(output.cpu().numpy() for output in outputs))
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Neither convolutions nor matrix products of a GPU round their factors to TF32.
+
+    Nor does cuDNN choose algorithms by timing them: several processes would then not find the same features as one.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def average_pool(x: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ classes that TensorBoard ships. `pt_inception-2015-12-05-6726825d.pth` holds the
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from switchdit.errors import UserError
-from switchdit.files import sha256_of
+from switchdit.files import DISK_FULL, atomic_write, sha256_of
+from switchdit.progress import progress
 
 # scopes are the graph's names of layers
 
@@ -24,6 +27,10 @@ GRAPH_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_b
 CONVERTED = "pt_inception-2015-12-05-6726825d.pth"
 CONVERTED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 CONVERTED_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{CONVERTED}"
+
+LARGEST_BYTES = 200_000_000  # of a download: twice what either file has
+_NAMES = {"md5": "MD5", "sha256": "SHA-256"}
+TIMEOUT = 30  # seconds without a byte
 
 EPSILON = 1e-3  # of the batch norms, where the file does not say
 
@@ -109,11 +116,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SWITCHDIT_CACHE") or Path.home() / ".cache" / "switchdit")
 
 
-def find_weights(inception: str = "auto") -> WeightFile:
+def find_weights(inception: str = "auto", download: bool = False) -> WeightFile:
     """The weight file at the path ``inception``, or for "auto" the one in `cache_directory`.
 
     What lies in the cache must be one of the two published files, and so must any .pth. Another .pb is taken when
-    it is named on purpose; the result says that it is not the published one.
+    it is named on purpose; the result says that it is not the published one. ``download`` allows "auto" to fetch
+    one of the two into an empty cache.
 
     Raises:
         UserError: no file (which ones there are, their hashes, where to put them), or one with a wrong hash.
@@ -126,7 +134,43 @@ def find_weights(inception: str = "auto") -> WeightFile:
     for name in (GRAPH, CONVERTED):
         if (cache_directory() / name).is_file():
             return _checked(cache_directory() / name, strict=True)
-    raise UserError(f"no Inception weights in {cache_directory()}; {_wanted()}")
+    if not download:
+        raise UserError(f"no Inception weights in {cache_directory()}; {_wanted()}, or add --download")
+    failures = []
+    for name, url in ((GRAPH, GRAPH_URL), (CONVERTED, CONVERTED_URL)):
+        try:
+            _download(url, cache_directory() / name)
+            return _checked(cache_directory() / name, strict=True)
+        except (OSError, http.client.HTTPException, ValueError) as problem:
+            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
+                raise
+            failures.append(f"{url}: {str(problem) or type(problem).__name__}".replace("\n", " "))
+    raise UserError(
+        f"no Inception weights in {cache_directory()}, and they could not be downloaded ({'; '.join(failures)}); "
+        f"{_wanted()}, or add --download where the network is open"
+    )
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch a published file. ValueError, and nothing left, for content that is not it."""
+    kind, expected = _published_hash(path)
+    digest, got = hashlib.new(kind, usedforsecurity=False), 0
+    with atomic_write(path) as file, urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        length = response.headers.get("Content-Length", "")
+        total = int(length) if length.isdecimal() else None
+        with progress(desc=f"downloading {path.name}", total=total, unit="B") as bar:
+            bar.unit_scale = True
+            while block := response.read(1 << 18):
+                file.write(block)
+                digest.update(block)
+                got += len(block)
+                bar.update(len(block))
+                if got > LARGEST_BYTES:
+                    raise ValueError(f"more than {LARGEST_BYTES} bytes, which {path.name} does not have")
+        if total is not None and got != total:
+            raise ValueError(f"the connection ended after {got} of {total} bytes")
+        if digest.hexdigest() != expected:
+            raise ValueError(f"its {_NAMES[kind]} is {digest.hexdigest()}, expected {expected}: refused")
 
 
 def _wanted() -> str:
@@ -136,15 +180,18 @@ def _wanted() -> str:
     )
 
 
+def _published_hash(path: Path) -> tuple[str, str]:
+    """Kind and value of the hash by which a file of this kind is known."""
+    return ("md5", GRAPH_MD5) if path.suffix == ".pb" else ("sha256", CONVERTED_SHA256)
+
+
 def _checked(path: Path, strict: bool) -> WeightFile:
     sha256 = sha256_of(path)
-    if path.suffix == ".pb":
-        md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-        name, kind, got, expected = GRAPH, "MD5", md5, GRAPH_MD5
-    else:
-        name, kind, got, expected = CONVERTED, "SHA-256", sha256, CONVERTED_SHA256
+    kind, expected = _published_hash(path)
+    got = sha256 if kind == "sha256" else hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if strict and got != expected:
-        raise UserError(f"{path} is not the published {name}: its {kind} is {got}, expected {expected}")
+        name = GRAPH if path.suffix == ".pb" else CONVERTED
+        raise UserError(f"{path} is not the published {name}: its {_NAMES[kind]} is {got}, expected {expected}")
     return WeightFile(path, sha256, got == expected)
 
 
