@@ -8,11 +8,11 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint extract-latents train sample eval-fid tensorboard
+.PHONY: help setup demo test test-slow bench lint extract-latents train sample eval-fid tensorboard
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
-	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: lint setup test-slow"
+	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: bench lint setup test-slow"
 
 setup:
 	@tools/setup_environment.sh
@@ -27,13 +27,20 @@ test: setup
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
 
+# seconds and memory of the metrics on 50,000 synthetic features (5 to 10 minutes)
+bench: setup
+	@$(BIN)/python tools/bench_metrics.py $(ARGS)
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# DATA=folder of images  OUT=folder  VAE=folder or hub name  [IMAGE_SIZE=256] [NPROC=8] [ARGS="..."]
+# DATA=folder, .tar or .zip of images  OUT=folder  VAE=folder or hub name  [IMAGE_SIZE=256] [NPROC=8] [ARGS="..."]
+# or, of latents that are there, OUT=folder ARGS=--verify (or --stats)
 extract-latents: setup
-ifneq ($(and $(DATA),$(OUT),$(VAE)),)
+ifneq ($(and $(OUT),$(findstring --verify,$(ARGS))$(findstring --stats,$(ARGS))),)
+	@$(BIN)/python tools/extract_latents.py --out "$(OUT)" $(ARGS)
+else ifneq ($(and $(DATA),$(OUT),$(VAE)),)
 	@$(if $(NPROC),NPROC=$(NPROC)) launchers/single_node.sh tools/extract_latents.py --data "$(DATA)" --out "$(OUT)" --vae "$(VAE)" \
 	    $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(ARGS)
 else
@@ -60,10 +67,10 @@ else
 	@$(BIN)/python switchdit/sample.py --help; echo "usage: make sample CKPT=dir (or WEIGHTS=file CONFIG=file.yaml) OUT=samples.npz [NUM=50000] [NPROC=8]"; exit 2
 endif
 
-# REF=ref.npz  SAMPLES=samples.npz  [INCEPTION=file] [OUT=metrics.json] [ARGS="..."]
+# REF=ref.npz  SAMPLES=samples.npz  [INCEPTION=file] [OUT=metrics.json] [NPROC=8] [ARGS="..."]
 eval-fid: setup
 ifneq ($(and $(REF),$(SAMPLES)),)
-	@$(BIN)/python tools/eval_fid.py --ref "$(REF)" --samples "$(SAMPLES)" $(if $(INCEPTION),--inception "$(INCEPTION)") \
+	@$(if $(NPROC),NPROC=$(NPROC) launchers/single_node.sh,$(BIN)/python) tools/eval_fid.py --ref "$(REF)" --samples "$(SAMPLES)" $(if $(INCEPTION),--inception "$(INCEPTION)") \
 	    $(if $(OUT),--out "$(OUT)") $(ARGS)
 else
 	@$(BIN)/python tools/eval_fid.py --help; echo "usage: make eval-fid REF=ref.npz SAMPLES=samples.npz [INCEPTION=file] [OUT=metrics.json]"; exit 2

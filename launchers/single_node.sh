@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Start a program (switchdit/train.py, switchdit/sample.py, tools/extract_latents.py) on all devices of this machine.
+# Start a program (switchdit/train.py, switchdit/sample.py, tools/extract_latents.py, tools/eval_fid.py) on all devices
+# of this machine.
 #
 #   launchers/single_node.sh switchdit/train.py --config switchdit/configs/X.yaml --deepspeed_config ds_configs/Y.json
 #

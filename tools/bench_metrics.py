@@ -91,8 +91,13 @@ def evaluate(args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], 
     network.seed = 1
     of_samples = features_of(samples, network, BATCH, None, processes)
     lap("statistics of the samples")
-    radii = radii_of(of_reference, reference, network, eval_fid.NEIGHBOURS, args.distances, folder)
-    lap("neighbours within the reference")
+    radii = {}
+    for name, images, features, kept in (
+        ("reference", reference, of_reference, folder),
+        ("sample", samples, of_samples, None),
+    ):
+        radii[f"{name}_radii"] = radii_of(features, images, network, eval_fid.NEIGHBOURS, args.distances, kept)
+        lap(f"neighbours within the {name}")
     results = eval_fid.score(reference, samples, of_reference, of_samples, radii, args)
     lap("all else")
     return results, seconds
