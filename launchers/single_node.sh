@@ -4,6 +4,8 @@
 #
 #   launchers/single_node.sh switchdit/train.py --config switchdit/configs/X.yaml --deepspeed_config ds_configs/Y.json
 #
+# It runs in the repository's root: relative paths count from there.
+#
 #   NPROC            processes: one for each GPU; on a machine without one, CPU processes that talk over gloo
 #                    (default: the number of GPUs, or 1)
 #   CUDA_VISIBLE_DEVICES  GPUs to use, e.g. 4,5 (default: all)

@@ -6,6 +6,7 @@ import difflib
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -27,6 +28,7 @@ def nearest(name: str, valid: Iterable[str], described: str | None = None) -> st
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorator for a program's ``main``: `UserError` and a full disk become ``error: ...`` and exit code 2.
 
+    Ctrl-C ends with "interrupted" and code 130.
     All processes of a launcher meet the same `UserError`: only rank 0 prints it. A full disk is told by the rank that
     met it; the others, which lose the connection to it, say so in a line and end with code 1.
     """
@@ -38,6 +40,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             return main(*args, **kwargs)
         except UserError as mistake:
             end(str(mistake) if rank == 0 else None)
+        except KeyboardInterrupt:
+            if rank == 0:
+                print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

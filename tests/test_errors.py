@@ -30,6 +30,11 @@ def test_a_full_disk_is_told_by_whoever_meets_it(monkeypatch, capsys):
     assert text == "error: no space left on the disk that holds /d/file; nothing half-written was kept\n"
 
 
+def test_ctrl_c_is_a_word(monkeypatch, capsys):
+    assert ends(KeyboardInterrupt(), 0, monkeypatch, capsys) == (130, "interrupted\n")
+    assert ends(KeyboardInterrupt(), 1, monkeypatch, capsys) == (130, "")
+
+
 def test_a_lost_process_is_no_traceback(monkeypatch, capsys):
     lost = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:15014")
     assert ends(lost, 3, monkeypatch, capsys) == (1, "error: rank 3 stops because another process has ended\n")

@@ -1,5 +1,6 @@
 """The program that scores samples: its numbers, its streaming, and one line for every bad input."""
 
+import errno
 import io
 import json
 import pickle
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from tools.feature_network import (
     normalised,
     save_feature_network,
 )
+from tools.image_sets import open_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -370,6 +373,30 @@ def test_options_that_cannot_work(tmp_path, files, network_file, capsys):
     assert "no images (arr_0), which --features needs" in failure(capsys, *only)
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5))
     assert "neither images (arr_0) nor both of mu and sigma" in failure(capsys, *only[:4])
+
+
+def test_numbers_are_shown_even_if_they_cannot_be_written(tmp_path, files, network_file, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.json")
+
+    monkeypatch.setattr(eval_fid, "write_json", full)
+    with pytest.raises(SystemExit) as ended:
+        score(*files, network_file, "--out", tmp_path / "metrics.json")
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "label accuracy" in printed.out
+    assert "wrote" not in printed.out
+    assert printed.err.endswith("no space left on the disk that holds metrics.json; nothing half-written was kept\n")
+
+
+def test_a_mean_alone_is_no_statistics(tmp_path, files):
+    images = np.load(files[0])["arr_0"]
+    statistics = {"mu": np.zeros(5)}
+    for stored in (False, True):
+        np.savez(tmp_path / "ref.npz", arr_0=images, **statistics)
+        reference = open_images(tmp_path / "ref.npz", "--ref")
+        assert eval_fid.uses_stored(Namespace(features=None), reference) is stored
+        statistics["sigma"] = np.eye(5)
 
 
 def test_features_that_are_not_finite(tmp_path, files, capsys):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from PIL import Image
 
+from switchdit.errors import UserError
 from tools import feature_cache
 from tools.adm_metrics import neighbour_radii
 from tools.feature_extraction import extract
@@ -83,7 +85,7 @@ def test_entry_is_a_safetensors_file_that_holds_all(images, tmp_path):
 MOMENTS = ["mean", "covariance", "spatial_mean", "spatial_covariance"]
 
 
-@pytest.mark.parametrize("change", ["images", "network", "version"])
+@pytest.mark.parametrize("change", ["images", "network", "version", "Pillow"])
 def test_other_content_network_or_code_is_computed(change, images, tmp_path, monkeypatch):
     kept(images, Means(), tmp_path / "cache")
     network = Means("0" * 64 if change == "network" else "f" * 64)
@@ -91,9 +93,42 @@ def test_other_content_network_or_code_is_computed(change, images, tmp_path, mon
         np.savez(images.path, np.load(images.path)["arr_0"][::-1].copy())
     if change == "version":
         monkeypatch.setattr(feature_cache, "VERSION", 99)
+    if change == "Pillow":
+        monkeypatch.setattr(feature_cache.PIL, "__version__", "99")
     kept(open_images(images.path, "--ref"), network, tmp_path / "cache")
     assert network.seen == 40
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+class Meddler(Means):
+    """While it works, somebody replaces the images."""
+
+    def __call__(self, images):
+        if not self.seen:
+            self.change()
+        return super().__call__(images)
+
+
+@pytest.mark.parametrize("what", ["replaced", "removed"])
+def test_a_set_that_changes_meanwhile_is_refused_and_not_kept(what, images, tmp_path):
+    network = Meddler()
+    network.change = images.path.unlink
+    if what == "replaced":
+        np.savez(tmp_path / "other.npz", np.zeros((40, 4, 4, 3), np.uint8))
+        network.change = lambda: (tmp_path / "other.npz").replace(images.path)
+    with pytest.raises(UserError, match=r"--ref .*ref.npz has changed while it was read"):
+        kept(images, network, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_changes_meanwhile_is_refused_by_name(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(20):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"pictures/{i:02d}.png")
+    network = Meddler()
+    network.change = lambda: Image.new("RGB", (4, 4), "red").save(tmp_path / "pictures/17.png")
+    with pytest.raises(UserError, match=r"17.png has changed while it was read"):
+        kept(open_images(tmp_path / "pictures", "--samples"), network, tmp_path / "cache")
 
 
 def damage(path, kind, images):

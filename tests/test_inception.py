@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from tensorboard.compat.proto import graph_pb2
+from tensorboard.util.tensor_util import make_tensor_proto
 
 import tools.inception_weights as inception_weights
 from switchdit.errors import UserError
@@ -312,3 +314,20 @@ def test_whole_protocol_equals_the_evaluators(tmp_path, graph_file):
         scores = json.loads((tmp_path / "metrics.json").read_text())
         assert [scores[key] for key in ("fid", "sfid", "inception_score")] == pytest.approx(numbers[:3], rel=1e-5)
         assert [scores[key] for key in ("precision", "recall")] == pytest.approx(numbers[3:], abs=0.008)
+
+
+@pytest.mark.parametrize("damage", ["shape", "size"])
+def test_a_graph_with_damaged_constants_is_one_line(damage, graph_file, tmp_path):
+    graph = graph_pb2.GraphDef.FromString(graph_file.read_bytes())
+    name = "conv/batchnorm/gamma" if damage == "shape" else "conv/conv2d_params"
+    tensor = next(node for node in graph.node if node.name == name).attr["value"].tensor
+    if damage == "shape":
+        tensor.CopyFrom(make_tensor_proto(np.ones(5, np.float32)))
+    else:  # one number stands for all, which would take two petabytes
+        del tensor.float_val[:]
+        tensor.tensor_content = b""
+        tensor.float_val.append(1)
+        tensor.tensor_shape.dim[3].size = 1 << 44
+    (tmp_path / "damaged.pb").write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match=r"conv is no convolution with batch norm|conv2d_params is damaged, it says"):
+        read_graph(tmp_path / "damaged.pb")

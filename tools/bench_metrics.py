@@ -58,6 +58,9 @@ class NumberedImages:
     def sha256(self) -> str:
         return f"{self.option} {self.count}"
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 class RandomFeatures:
     """A `FeatureNetwork`: features of an image are random, not negative, and of unequal scale, as Inception's are."""

@@ -131,9 +131,10 @@ def run(args: argparse.Namespace, processes: Processes, started: float) -> None:
     if args.out or old:
         results |= provenance(args.command, network, reference, samples, uses_stored(args, reference))
         results["seconds"] = round(time.monotonic() - started, 3)
+    print_report(results, old, args, reference, samples)
     if args.out:
         write_json(args.out, results)
-    print_report(results, old, args, reference, samples)
+        print(f"wrote {args.out}")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -298,7 +299,7 @@ def options(args: argparse.Namespace, processes: Processes, reference: ImageSet,
 
 
 def uses_stored(args: argparse.Namespace, reference: ImageSet) -> bool:
-    return not args.features and bool(reference.statistics)
+    return not args.features and {"mu", "sigma"} <= set(reference.statistics)
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:

@@ -1,8 +1,9 @@
 """Features of image sets on disk, so that a reference passes through a network once.
 
-An entry is found by what it was made of: the set's SHA-256, the network's, and the version of this code. It is a
-safetensors file whose metadata repeats these and holds a checksum of every array; an entry that is damaged, or of
-something else, is made anew. Nothing that goes wrong with the cache ends a program.
+An entry is found by what it was made of and with: the set's SHA-256, the network's, the version of this code, PyTorch,
+Pillow and the kind of device. It is a safetensors file whose metadata repeats these and holds a checksum of every
+array; an entry that is damaged, or of something else, is made anew. Nothing that goes wrong with the cache ends a
+program.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import PIL
 import safetensors
+import torch
 
 from switchdit.errors import UserError
 from switchdit.files import atomic_write
@@ -39,6 +42,7 @@ def entry(images_sha256: str, network_sha256: str, part: str = "features") -> di
         "version": str(VERSION),
         "images": images_sha256,
         "network": network_sha256,
+        "made with": f"torch {torch.__version__}, pillow {PIL.__version__}, {on_device(np.empty(0)).device.type}",
         "part": part,
     }
 
@@ -96,6 +100,7 @@ def features_of(
     if processes.agree(found is not None):
         return found
     features = extract(network, images, batch_size, processes)
+    images.check_unchanged()
     if wanted:
         store(folder, wanted, _arrays(features))
     return features

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,10 @@ class ImageSet(Protocol):
         """Of the file, or of the names and contents of a folder's images; computed once."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raise `UserError` if a file of the set is not as it was when the set was opened."""
+        ...
+
 
 def open_images(path: Path, option: str) -> ImageSet:
     """Look at ``path`` without reading its images; ``option`` is what messages call it. Raises `UserError`."""
@@ -70,11 +74,24 @@ def open_images(path: Path, option: str) -> ImageSet:
 def describe(images: ImageSet) -> dict[str, Any]:
     """Path, SHA-256, number and size of the images, for metrics.json."""
     size = {"height": images.shape[0], "width": images.shape[1]} if images.count else None
+    images.check_unchanged()  # its checksum shall be of what was scored
     return {"path": str(images.path), "sha256": images.sha256(), "count": images.count, "image_size": size}
 
 
 def _reason(problem: BaseException) -> str:
     return (str(problem).split("\n")[0] or type(problem).__name__)[:200]
+
+
+def _state(paths: Iterable[Path]) -> list[tuple[int, ...] | None]:
+    """What changes when a file does, or None for one that is gone."""
+    states = []
+    for path in paths:
+        try:
+            about = path.stat()
+            states.append((about.st_ino, about.st_size, about.st_mtime_ns))
+        except OSError:
+            states.append(None)
+    return states
 
 
 # ------------------------------------------------------------------------------------------- files of arrays
@@ -92,6 +109,13 @@ class ArrayImages:
     labels: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
     digest: str | None = None
+
+    def __post_init__(self):
+        self.opened = _state([self.path])
+
+    def check_unchanged(self) -> None:
+        if _state([self.path]) != self.opened:
+            raise UserError(f"{self.option} {self.path} has changed while it was read; start again")
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         try:
@@ -199,6 +223,17 @@ class FolderImages:
     labels: np.ndarray | None = None
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
     digest: str | None = None
+
+    def __post_init__(self):
+        self.opened = self._states()
+
+    def _states(self) -> list[tuple[int, ...] | None]:
+        return _state(self.path / name for name in self.names)
+
+    def check_unchanged(self) -> None:
+        for name, before, now in zip(self.names, self.opened, self._states(), strict=True):
+            if before != now:
+                raise UserError(f"{self.option} {self.path}: {name} has changed while it was read; start again")
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import urllib.request
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ LARGEST_BYTES = 200_000_000  # of a download: twice what either file has
 _NAMES = {"md5": "MD5", "sha256": "SHA-256"}
 TIMEOUT = 30  # seconds without a byte
 
+LARGEST_CONSTANT = 1 << 23  # numbers; the matrix of the classes has 2,064,384
 EPSILON = 1e-3  # of the batch norms, where the file does not say
 
 # Scope in the graph -> name in the converted file.
@@ -213,8 +215,11 @@ def read_graph(path: Path) -> dict[str, np.ndarray]:
     def constant(name: str) -> np.ndarray:
         if name not in nodes or nodes[name].op != "Const":
             raise UserError(f"{path} is not the Inception graph of 2015: it has no constant {name}")
+        tensor = nodes[name].attr["value"].tensor
+        if math.prod(dim.size for dim in tensor.tensor_shape.dim) > LARGEST_CONSTANT:  # one number may stand for all
+            raise UserError(f"{path}: the constant {name} is damaged, it says that it is larger than any of Inception")
         try:
-            return make_ndarray(nodes[name].attr["value"].tensor)
+            return make_ndarray(tensor)
         except (ValueError, TypeError) as problem:
             raise UserError(f"{path}: the constant {name} is damaged") from problem
 
@@ -222,7 +227,8 @@ def read_graph(path: Path) -> dict[str, np.ndarray]:
     for scope in CONVERTED_NAMES:
         kernel = constant(f"{scope}/conv2d_params")
         norm = [constant(f"{scope}/batchnorm/{part}") for part in ("gamma", "beta", "moving_mean", "moving_variance")]
-        if f"{scope}/batchnorm" not in nodes or kernel.ndim != 4:
+        shapes = {part.shape for part in norm}
+        if f"{scope}/batchnorm" not in nodes or kernel.ndim != 4 or shapes != {kernel.shape[3:]}:
             raise UserError(f"{path} is not the Inception graph of 2015: {scope} is no convolution with batch norm")
         attributes = nodes[f"{scope}/batchnorm"].attr
         if not attributes["scale_after_normalization"].b:

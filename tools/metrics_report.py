@@ -83,7 +83,7 @@ def print_report(
     reference: ImageSet,
     samples: ImageSet,
 ) -> None:
-    """The table, and what --compare, --markdown and --out ask for."""
+    """The table, and what --compare and --markdown ask for."""
     print(f"{samples.count} samples of {samples.path}, reference {reference.path} ({reference.count} images)")
     print("\n".join(table(results)))
     if old:
@@ -93,8 +93,6 @@ def print_report(
             warnings.warn(line, stacklevel=1)
     if args.markdown:
         print("\n".join(markdown(args.name or samples.path.stem, samples.count, results)))
-    if args.out:
-        print(f"wrote {args.out}")
 
 
 def table(results: dict[str, Any]) -> list[str]:
