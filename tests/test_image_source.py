@@ -1,11 +1,13 @@
 """Folder, tar and zip give the same images in the same order; what is hostile or damaged is named, never unpacked."""
 
+import errno
 import io
 import json
 import os
 import random
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchdit.data.image_pixels import UnreadableImage, read_images
-from switchdit.data.image_source import list_images
+from switchdit.data.image_source import LARGEST_FILE, list_images
 from switchdit.errors import UserError
 
 FILES = {"b/2.png": b"b2", "a b/x/9.jpg": b"ab", "a/10.JPEG": b"a10", "a/9.png": b"", "b/é.webp": b"c" * 700}
@@ -109,6 +111,14 @@ LABEL_FILES = {
     "object.json": ('{"x/1.png": 3, "x/2.png": 0, "y.png": 3}', ["0", "1", "2", "3"], [0, 3, 3]),
     "pairs.json": ('{"labels": [["x/1.png", 1], ["x/2.png", 0], ["y.png", 1]]}', ["0", "1"], [0, 1, 1]),
     "names.json": ('{"x/1.png": "dog", "x/2.png": "cat", "y.png": "dog"}', ["cat", "dog"], [0, 1, 1]),
+    "quoted.json": ('{"x/1.png": "2", "x/2.png": "0", "y.png": 2}', ["0", "1", "2"], [0, 2, 2]),
+    "quoted pairs.json": (
+        '{"labels": [["x/1.png", "2"], ["x/2.png", "0"], ["y.png", "2"]]}',
+        ["0", "1", "2"],
+        [0, 2, 2],
+    ),
+    "digits and names.json": ('{"x/1.png": "2", "x/2.png": "10", "y.png": "two"}', ["10", "2", "two"], [0, 1, 2]),
+    "digits and names.csv": ("x/1.png,2\nx/2.png,10\ny.png,two\n", ["10", "2", "two"], [0, 1, 2]),
 }
 
 
@@ -136,7 +146,7 @@ BROKEN_LABELS = {
     "one field": (b"x/1.png\n", "line 1: 1 fields"),
     "three fields": (b"x/1.png,1\nx/2.png,1,2\n", "line 2: 3 fields"),
     "no label": (b"x/1.png,\n", "nor the name of a class"),
-    "large": (b"x/1.png,1000000\n", "1000000' is not a whole number below"),
+    "large": (b"x/1.png,1000000\n", "label '1000000' of 'x/1.png' is not a whole number below"),
     "open quote": (b'x/1.png,"dog\n', "not CSV"),
     "binary": (b"\xff\xfe\0", "not text in UTF-8"),
     "lacks one": (b"x/1.png,1\nx/2.png,1\n", "lacks 1 images of "),
@@ -151,6 +161,8 @@ BROKEN_LABELS = {
     "bool": (b'{"x/1.png": true}', "not a whole number"),
     "negative": (b'{"x/1.png": -1}', "not a whole number"),
     "mixed": (b'{"x/1.png": 1, "x/2.png": "dog"}', "mixes numbers and names"),
+    "large quoted": (b'{"x/1.png": "1000000"}', "label '1000000' of 'x/1.png' is not a whole number below"),
+    "quoted and bool": (b'{"x/1.png": "1", "x/2.png": true}', "label 'True' of 'x/2.png' is not a whole number"),
     "no pairs": (b'{"labels": [["x/1.png"]]}', "no pair of a file and a label"),
     "number": (b"[1]", "no pair of a file and a label"),
 }
@@ -290,9 +302,10 @@ def test_truncated_archives_are_noticed_wherever_they_end(tmp_path, kind):
     else:
         format = tarfile.PAX_FORMAT if kind == "pax" else tarfile.GNU_FORMAT
         whole = write_tar(tmp_path / "whole", files, format).read_bytes()
-        whole = whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 1024]
+        whole = whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 1024 + 512]
+        assert whole.endswith(b"\0" * 1024) and not whole.endswith(b"\0" * 1536)
     cut = tmp_path / "cut"
-    for end in [*range(3, len(whole) - 512, 97), len(whole) - 513]:
+    for end in [*range(3, len(whole), 97), len(whole) - 1]:
         cut.write_bytes(whole[:end])
         assert isinstance(told(cut), str), f"cut at {end} of {len(whole)}"
 
@@ -311,7 +324,7 @@ def test_flipped_bytes_are_told_in_a_line(tmp_path, kind):
 
 def test_zip_members_that_lie_about_their_size(tmp_path):
     bomb = b"\0" * (1 << 20)
-    for declared in (1, 1 << 19, 3 << 20, 0xFFFFFFFE):
+    for declared in (1, 1 << 19, 3 << 20, LARGEST_FILE):
         data = bytearray(write_zip(tmp_path / "bomb.zip", {"a/1.png": bomb}).read_bytes())
         entry = data.index(b"PK\1\2")
         data[entry + 24 : entry + 28] = declared.to_bytes(4, "little")
@@ -320,6 +333,136 @@ def test_zip_members_that_lie_about_their_size(tmp_path):
         (image,) = read_images(source, [0], 8, workers=0, ahead=0)
         assert isinstance(image, UnreadableImage)
         assert "size" in str(image) or "too many" in str(image) or "no image" in str(image)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 20, 126, 2048])
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_tar_may_be_filled_up_to_a_record(tmp_path, blocks, kind):
+    record = blocks * 512
+    for num in (3, 4, 5):
+        files = {f"a/{i}.png": b"1" for i in range(num)}
+        used = write_tar(tmp_path / "x.tar", files, kind).read_bytes()[: num * 1024]
+        filled = used + b"\0" * (1024 + -(len(used) + 1024) % record)
+        (tmp_path / "x.tar").write_bytes(filled)
+        assert told(tmp_path / "x.tar") == list(files)
+        outer = write_tar(tmp_path / "outer.tar", {"in.tar": filled, "other.tar": filled})
+        assert len(told(outer)) == 2 * num
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_zeros_inside_a_tar_and_what_follows_its_end_are_noticed(tmp_path, nested):
+    files = {f"a/{i}.png": b"1" * 600 for i in range(4)}
+    whole = write_tar(tmp_path / "x.tar", files).read_bytes()
+    assert not any(whole[4 * 1536 :])
+    base = 512 if nested else 0
+
+    def told_of(data):
+        return told(write_tar(tmp_path / "x.tar", {"in.tar": data, "z.tar": whole}) if nested else write(data))
+
+    def write(data):
+        (tmp_path / "x.tar").write_bytes(data)
+        return tmp_path / "x.tar"
+
+    holes = [(1536, 2048), (1536, 3584), (4608, 5120), (1536, 4 * 1536 - 512)]
+    for start, end in holes:
+        hole = whole[:start] + bytes(end - start) + whole[end:]
+        assert f"damaged or half-downloaded: zeros at byte {base + start}," in told_of(hole)
+    assert "half-downloaded: zeros at byte" in told_of(whole + bytes(1 << 20))
+    assert "half-downloaded: zeros at byte" in told_of(whole + b"1")
+    assert f"more follows after its end, at byte {base + len(whole)};" in told_of(whole + whole)
+    assert f"more follows after its end, at byte {base + 3072};" in told_of(whole[:1536] + bytes(1536) + whole[3072:])
+
+
+def test_a_sparse_tar_of_any_size_is_told_at_once(tmp_path):
+    path = write_tar(tmp_path / "x.tar", FILES)
+    os.truncate(path, 1 << 40)
+    assert "damaged or half-downloaded" in told(path)
+
+
+def test_sizes_and_places_beyond_all_bounds_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a/1.png": b""})
+    os.truncate(path, 512 + LARGEST_FILE + 512 + 1024)
+    header = tarfile.TarInfo("a/1.png")
+    header.size = LARGEST_FILE + 1
+    with open(path, "r+b") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+    assert f"'a/1.png' is said to have {LARGEST_FILE + 1} bytes" in told(path)
+    for at, size, value, message in [
+        (24, 4, LARGEST_FILE + 1, f"'a/1.png' is said to have {LARGEST_FILE + 1} bytes"),
+        (20, 4, 1 << 30, "'a/1.png' lies outside of the archive"),
+        (42, 4, 1 << 30, "'a/1.png' lies outside of the archive"),
+    ]:
+        data = bytearray(write_zip(tmp_path / "x.zip", {"a/1.png": b"1"}).read_bytes())
+        entry = data.index(b"PK\1\2")
+        data[entry + at : entry + at + size] = value.to_bytes(size, "little")
+        (tmp_path / "x.zip").write_bytes(data)
+        assert message in told(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("field", ["file_size", "compress_size", "header_offset"])
+def test_a_zip64_that_says_the_largest_number(tmp_path, monkeypatch, field):
+    """Written by the standard library, whose directory is made to lie."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", b"1")
+        setattr(archive.infolist()[0], field, (1 << 64) - 1)
+    result = told(tmp_path / "x.zip")
+    assert "'a/1.png'" in result and ("is said to have 18446744073709551615" in result or "lies outside" in result)
+
+
+def test_links_that_lead_nowhere_and_pipes_are_images_that_cannot_be_read(tmp_path):
+    write_folder(tmp_path, {"a/1.png": b"", "b/1.png": b""})
+    os.symlink("nowhere", tmp_path / "a" / "gone.png")
+    os.symlink("loop.png", tmp_path / "a" / "loop.png")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    os.mkfifo(tmp_path / "b" / "pipe.txt")
+    source = list_images(tmp_path)
+    assert source.names == ["a/1.png", "a/gone.png", "a/loop.png", "b/1.png", "b/pipe.png"]
+    images = list(read_images(source, range(5), 8, workers=0, ahead=0))
+    assert [str(images[i]) for i in (1, 2)] == [os.strerror(errno.ENOENT), os.strerror(errno.ELOOP)]
+    assert "a pipe or a device" in str(images[4])
+    os.symlink("nowhere", tmp_path / "c")
+    assert "'c' cannot be read: No such file or directory" in told(tmp_path)
+
+
+@pytest.mark.parametrize("locked", ["x/b", "x.tar", "x.zip", "labels"])
+def test_what_may_not_be_read_is_told_in_a_line(tmp_path, monkeypatch, locked):
+    data = write_folder(tmp_path / "x", FILES)
+    write_tar(tmp_path / "x.tar", FILES)
+    write_zip(tmp_path / "x.zip", FILES)
+    (tmp_path / "labels").write_text("1.png,1\n")
+    path = tmp_path / locked
+
+    def refuse(real):
+        def opened(file, *args, **kwargs):
+            if os.fspath(file).rstrip("/") == str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return real(file, *args, **kwargs)
+
+        return opened
+
+    # root may read everything, so that modes would not show it
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir))
+    monkeypatch.setattr("builtins.open", refuse(open))
+    monkeypatch.setattr("io.open", refuse(io.open))
+    message = told(path if path.suffix else data, path if locked == "labels" else None)
+    assert f"{path}" in message and "cannot be read: Permission denied" in message
+
+
+def test_stamps_change_with_the_images(tmp_path):
+    folder = write_folder(tmp_path / "x", {"b/1.png": b"1", "a/1.png": b"2"})
+    os.utime(folder / "a/1.png", (0, 1_000_000_000.25))
+    os.utime(folder / "b/1.png", (0, 7))
+    assert list_images(folder).stamps == [1_000_000_000, 7]
+    tar = tmp_path / "x.tar"
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tar, "w", format=kind) as archive:
+            archive.add(folder / "b", "b")
+            archive.add(folder / "a", "a")
+        assert list_images(tar).stamps == [1_000_000_000, 7]
+    before_1970 = list_images(write_tar(tar, {"a/1.png": b""}, mtime=-5)).stamps
+    assert before_1970 != list_images(write_tar(tar, {"a/1.png": b""}, mtime=-6)).stamps
+    zipped = write_zip(tmp_path / "x.zip", {"b/1.png": b"1", "a/1.png": b"2"})
+    assert list_images(zipped).stamps == [zlib.crc32(b"2"), zlib.crc32(b"1")]
 
 
 def test_nothing_is_unpacked(tmp_path, monkeypatch):

@@ -101,6 +101,9 @@ def test_bad_input_ends_in_one_line_and_leaves_the_file(folder, tmp_path, capsys
     assert "--seed is -1" in failure(capsys, "--data", folder, "--out", out, "--seed", -1)
     assert "is a folder" in failure(capsys, "--data", folder, "--out", tmp_path)
     assert "fewer than two class folders" in failure(capsys, "--data", folder / "0", "--out", out)
+    (folder / "1" / "zz.png").symlink_to("nowhere")
+    assert "1/zz.png: " in failure(capsys, "--data", folder, "--out", out)
+    (folder / "1" / "zz.png").unlink()
     (folder / "2" / "07.png").write_bytes(b"no image")
     assert "2/07.png: it is none of BMP" in failure(capsys, "--data", folder, "--out", out)
     for path in list((folder / "2").iterdir())[4:]:

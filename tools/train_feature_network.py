@@ -105,10 +105,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def images_sha256(source: ImageSource) -> str:
-    """Of the names and contents of all images."""
+    """Of the names and contents of all images; `UserError` naming one that cannot be read."""
     digest = hashlib.sha256()
     for i, name in enumerate(source.names):
-        digest.update(f"{name}\0{hashlib.sha256(source.reader(i)()).hexdigest()}\n".encode())
+        try:
+            content = source.reader(i)()
+        except (OSError, ValueError) as problem:
+            raise UserError(f"cannot read the image {source.where(i)}: {problem}; repair or remove it") from problem
+        digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

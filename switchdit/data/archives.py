@@ -17,9 +17,10 @@ from typing import NoReturn
 
 from switchdit.errors import UserError
 
-# What listing yields for each member: its name (a folder's ends in "/"), its size in bytes, and its place, the
-# integers by which `read_tar` or `read_zip` finds it.
-Member = tuple[str, int, tuple[int, ...]]
+# What listing yields for each member: its name (a folder's ends in "/"), its size in bytes, a stamp that changes when
+# it is replaced (in a zip its CRC32, in a tar its time), and its place, the integers by which `read_tar` or `read_zip`
+# finds it.
+Member = tuple[str, int, int, tuple[int, ...]]
 
 LARGEST_FILE = 1 << 30  # bytes; nothing that large is one image, and a member that says so may be a bomb
 COMPRESSED = {
@@ -86,6 +87,7 @@ def _descriptor(path: str) -> int:
 
 BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes of a long name or of pax records
+LARGEST_RECORD = 1 << 20  # bytes that a tar's length is filled up to a multiple of; GNU's and Python's is 10240
 PLAIN, FOLDER, LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"5", b"L", b"K", b"x", b"g"
 KINDS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
 
@@ -94,13 +96,13 @@ def tar_members(path: Path) -> Iterator[Member]:
     """Members of an uncompressed tar; those of tars inside it, such as ImageNet's, under the inner tar's name."""
     end = path.stat().st_size
     with open(path, "rb") as file:
-        for name, size, place in _tar_between(path, file.fileno(), 0, end):
+        for name, size, stamp, place in _tar_between(path, file.fileno(), 0, end):
             if not name.endswith(".tar"):
-                yield name, size, place
+                yield name, size, stamp, place
                 continue
             folder = name.removesuffix(".tar")
-            for inner, inner_size, inner_place in _tar_between(path, file.fileno(), place[0], place[0] + size):
-                yield f"{folder}/{inner}", inner_size, inner_place
+            for inner, *rest in _tar_between(path, file.fileno(), place[0], place[0] + size):
+                yield f"{folder}/{inner}", *rest
 
 
 def _tar_between(path: Path, descriptor: int, position: int, end: int) -> Iterator[Member]:
@@ -112,6 +114,7 @@ def _tar_between(path: Path, descriptor: int, position: int, end: int) -> Iterat
         if position + BLOCK > end or len(header) < BLOCK:
             raise UserError(f"--data {path} is cut off: the mark of a tar's end is missing at byte {position}")
         if not any(header):
+            _check_end(path, descriptor, position, end)
             return
         if not _checksum_holds(header):
             raise UserError(f"--data {path} is damaged: no valid tar header at byte {position}")
@@ -141,7 +144,28 @@ def _tar_between(path: Path, descriptor: int, position: int, end: int) -> Iterat
         name = plain_name(path, name)
         if kind == FOLDER and name:
             name = name.removesuffix("/") + "/"
-        yield name, size, (start, size)
+        yield name, size, _seconds(header[136:148]), (start, size)
+
+
+def _check_end(path: Path, descriptor: int, position: int, end: int) -> None:
+    """`UserError` unless the zeros at ``position`` are those that end a tar: two blocks and what fills a record.
+
+    Other zeros are holes, such as those of a download that reserves its space first. A hole at the very end that is
+    no longer than a record cannot be told from the end of a sound tar of fewer images.
+    """
+    rest = os.pread(descriptor, min(end - position, LARGEST_RECORD + BLOCK), position)
+    zeros = len(rest) - len(rest.lstrip(b"\0"))
+    if zeros == end - position:
+        if zeros < 2 * BLOCK:
+            raise UserError(f"--data {path} is cut off: a tar ends with two blocks of zeros, not one, at {position}")
+        return
+    whole = zeros // BLOCK * BLOCK
+    if whole >= 2 * BLOCK and _checksum_holds(rest[whole : whole + BLOCK]):
+        raise UserError(
+            f"--data {path}: more follows after its end, at byte {position + whole}; "
+            "is it damaged, or joined by 'cat'? Join archives with 'tar -Af'"
+        )
+    raise UserError(f"--data {path} is damaged or half-downloaded: zeros at byte {position}, where a header belongs")
 
 
 def read_tar(path: str, place: tuple[int, ...]) -> bytes:
@@ -175,6 +199,14 @@ def _number(field: bytes, path: Path, position: int) -> int:
     if value < 0:
         raise UserError(f"--data {path} is damaged: no valid size in the tar header at byte {position}")
     return value
+
+
+def _seconds(field: bytes) -> int:
+    """A time; for what is no octal number, such as years before 1970, any number that stands for the field."""
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return int.from_bytes(field, "big")
 
 
 def _decimal(digits: bytes, path: Path, position: int) -> int:
@@ -220,6 +252,7 @@ def zip_members(path: Path) -> Iterator[Member]:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as problem:
         raise UserError(f"--data {path} is cut off or damaged: {str(problem).splitlines()[0]}") from problem
+    end = path.stat().st_size
     for member in members:
         name = plain_name(path, member.filename)
         mode = stat.S_IFMT(member.external_attr >> 16)
@@ -229,8 +262,10 @@ def zip_members(path: Path) -> Iterator[Member]:
             _refuse(path, name, "is encrypted")
         if member.compress_type not in PACKING:
             _refuse(path, name, f"is packed by method {member.compress_type}; only stored and deflated can be read")
+        if not 0 <= member.header_offset < end or member.compress_size > end:
+            _refuse(path, name, "lies outside of the archive, which is cut off or damaged")
         place = (member.header_offset, member.compress_size, member.file_size, member.CRC, member.compress_type)
-        yield name, member.file_size, place
+        yield name, member.file_size, member.CRC, place
 
 
 def read_zip(path: str, place: tuple[int, ...]) -> bytes:

@@ -4,7 +4,8 @@
     {"images/1.png": "cat"}
     {"labels": [["images/1.png", 3]]}                     as in the dataset.json of StyleGAN and EDM
 
-Labels are all whole numbers, which are then the class ids, or all names of classes, whose ids follow their order.
+Labels are all whole numbers, in JSON with or without quotes, which are then the class ids, or all names of classes,
+whose ids follow their order.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ def read_labels(path: Path, extensions: Iterable[str]) -> tuple[dict[str, int], 
     pairs = list(_from_json(path, text) if text.lstrip().startswith(("{", "[")) else _from_csv(path, text, extensions))
     if not pairs:
         raise UserError(f"--labels {path} holds no labels")
+    numbers = all(_is_number(label) for _, label in pairs)
     labels: dict[str, Any] = {}
     for name, label in pairs:
         if name in labels:
             raise UserError(f"--labels {path} names {name!r} twice")
-        labels[name] = label
-    if all(isinstance(label, int) for label in labels.values()):
+        labels[name] = _valid(path, name, int(label) if numbers else label)
+    if numbers:
         return labels, [str(label) for label in range(max(labels.values()) + 1)]
     if not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f"--labels {path} mixes numbers and names of classes; use one of them")
@@ -52,7 +54,7 @@ def read_labels(path: Path, extensions: Iterable[str]) -> tuple[dict[str, int], 
     return {name: ids[label] for name, label in labels.items()}, class_names
 
 
-def _from_csv(path: Path, text: str, extensions: Iterable[str]) -> Iterator[tuple[str, int | str]]:
+def _from_csv(path: Path, text: str, extensions: Iterable[str]) -> Iterator[tuple[str, str]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if row]
@@ -63,12 +65,10 @@ def _from_csv(path: Path, text: str, extensions: Iterable[str]) -> Iterator[tupl
     for line, row in rows:
         if len(row) != 2:
             raise UserError(f"--labels {path}, line {line}: {len(row)} fields where 'file,label' has 2")
-    numbers = all(WHOLE_NUMBER.fullmatch(label) for _, (_, label) in rows)
-    for line, (name, label) in rows:
-        yield name, _valid(int(label) if numbers else label, f"{path}, line {line}: {label[:60]!r}")
+        yield row[0], row[1]
 
 
-def _from_json(path: Path, text: str) -> Iterator[tuple[str, int | str]]:
+def _from_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(text, object_pairs_hook=list)  # pairs, so that a file named twice is noticed
     except (ValueError, RecursionError) as problem:
@@ -81,11 +81,19 @@ def _from_json(path: Path, text: str) -> Iterator[tuple[str, int | str]]:
     for pair in content:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise UserError(f"--labels {path}: {str(pair)[:60]!r} is no pair of a file and a label")
-        yield pair[0], _valid(pair[1], f"{path}: the label of {pair[0]!r}")
+        yield pair[0], pair[1]
 
 
-def _valid(label: Any, where: str) -> int | str:
-    number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < LARGEST_LABEL
+def _is_number(label: Any) -> bool:
+    """Not so for True and False, which Python takes for integers."""
+    return type(label) is int or (isinstance(label, str) and WHOLE_NUMBER.fullmatch(label) is not None)
+
+
+def _valid(path: Path, name: str, label: Any) -> int | str:
+    number = type(label) is int and 0 <= label < LARGEST_LABEL
     if not number and not (isinstance(label, str) and label.strip()):
-        raise UserError(f"--labels {where} is not a whole number below {LARGEST_LABEL} nor the name of a class")
+        raise UserError(
+            f"--labels {path}: the label {str(label)[:60]!r} of {name!r} is not a whole number below {LARGEST_LABEL} "
+            "nor the name of a class"
+        )
     return label if number else label.strip()

@@ -165,7 +165,9 @@ def _load(read: Callable[[], bytes], size: int) -> np.ndarray | UnreadableImage:
         return load_image(io.BytesIO(read()), size)
     except UnreadableImage as problem:
         return problem
-    except (OSError, ValueError, zlib.error) as problem:
+    except OSError as problem:
+        return UnreadableImage(problem.strerror or str(problem))
+    except (ValueError, zlib.error) as problem:
         return UnreadableImage(str(problem))
 
 

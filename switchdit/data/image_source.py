@@ -7,6 +7,7 @@ file system or the language of the machine.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from switchdit.data.archives import Member, kind_of, read_tar, read_zip, tar_members, zip_members
+from switchdit.data.archives import LARGEST_FILE, Member, kind_of, read_tar, read_zip, tar_members, zip_members
 from switchdit.data.image_labels import read_labels
 from switchdit.errors import UserError
 
@@ -28,8 +29,9 @@ class ImageSource:
     """Images in their fixed order: by class, then by path.
 
     root: the archive, or the folder that names are relative to. names: paths with slashes. labels: class ids.
-    sizes: of the files in bytes. places: where members of an archive lie, int64 (N, k). within: folders of an archive
-    around the names. by_folder: names begin with the class.
+    sizes: of the files in bytes. stamps: a number for each that changes when it is replaced: its time of modification
+    in whole seconds or, in a zip, its CRC32. places: where members of an archive lie, int64 (N, k). within: folders of
+    an archive around the names. by_folder: names begin with the class.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class ImageSource:
     names: list[str]
     labels: list[int]
     sizes: list[int]
+    stamps: list[int]
     places: np.ndarray | None = None
     within: str = ""
     by_folder: bool = False
@@ -62,19 +65,26 @@ class ImageSource:
 
 
 def read_file(path: str) -> bytes:
+    """The content of a file; ValueError for a pipe, which would be waited for, or a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is a pipe or a device, not a file")
     with open(path, "rb") as file:
         return file.read()
 
 
 def list_images(data: Path, labels: Path | None = None, unlabeled: bool = False) -> ImageSource:
-    """List the images of a folder, a tar or a zip; `UserError` when there are none or their classes are unclear.
+    """List the images of a folder, a tar or a zip; `UserError` when there are none, their classes are unclear or they
+    cannot be listed.
 
     Their classes are the folders that they lie in, unless ``labels`` names a file that says them (`read_labels`) or
     ``unlabeled`` puts all of them into one.
     """
-    kind = kind_of(data)
-    names, sizes, places, folders = _visible(data, LISTERS[kind](data))
-    source = ImageSource(kind, data, [UNCONDITIONAL], names, [0] * len(names), sizes)
+    try:
+        kind = kind_of(data)
+        names, sizes, stamps, places, folders = _visible(data, LISTERS[kind](data))
+    except OSError as problem:
+        raise UserError(f"--data {problem.filename or data} cannot be read: {problem.strerror}") from problem
+    source = ImageSource(kind, data, [UNCONDITIONAL], names, [0] * len(names), sizes, stamps)
     if labels is None and not unlabeled:
         _class_by_folder(source, folders)
     if not names:
@@ -87,27 +97,34 @@ def list_images(data: Path, labels: Path | None = None, unlabeled: bool = False)
             doubled = next(name for one, name in zip(sorted(names), sorted(names)[1:], strict=False) if one == name)
             raise UserError(f"--data {data} has two members named {source.within + doubled!r}")
     order = sorted(range(len(names)), key=lambda i: (source.labels[i], source.names[i]))
-    source.names, source.labels, source.sizes = (
-        [values[i] for i in order] for values in (source.names, source.labels, source.sizes)
+    source.names, source.labels, source.sizes, source.stamps = (
+        [values[i] for i in order] for values in (source.names, source.labels, source.sizes, source.stamps)
     )
     source.places = None if kind == "folder" else places[order]
     return source
 
 
-def _visible(data: Path, members: Iterator[Member]) -> tuple[list[str], list[int], list[tuple[int, ...]], set[str]]:
-    """Names, sizes and places of the images, and the folders, without hidden ones."""
-    names, sizes, places, folders = [], [], [], set()
+def _visible(
+    data: Path, members: Iterator[Member]
+) -> tuple[list[str], list[int], list[int], list[tuple[int, ...]], set[str]]:
+    """Names, sizes, stamps and places of the images, and the folders, without hidden ones."""
+    names, sizes, stamps, places, folders = [], [], [], [], set()
     extensions = tuple(EXTENSIONS)
-    for name, size, place in members:
+    for name, size, stamp, place in members:
         if name.startswith((".", HIDDEN)) or "/." in name:
             continue
         if name.endswith("/"):
             folders.add(name)
         elif name.lower().endswith(extensions):
+            if size > LARGEST_FILE:
+                raise UserError(
+                    f"--data {data}: {name!r} is said to have {size} bytes; images have {LARGEST_FILE} at most"
+                )
             names.append(name)
             sizes.append(size)
+            stamps.append(stamp)
             places.append(place)
-    return names, sizes, places, folders
+    return names, sizes, stamps, places, folders
 
 
 def _class_by_folder(source: ImageSource, folders: set[str]) -> None:
@@ -158,28 +175,38 @@ def _class_by_file(source: ImageSource, path: Path) -> None:
 
 
 def folder_members(top: Path) -> Iterator[Member]:
-    """Files and folders below ``top``, links followed, hidden ones left out."""
-    waiting = [("", (_inode(top),))]
+    """Files and folders below ``top``, links followed, hidden ones left out.
+
+    Names of images at which there is no file (a link that leads nowhere, a pipe) are yielded with size and stamp 0, so
+    that whoever reads them finds them unreadable.
+    """
+    waiting = [("", (_inode(os.stat(top)),))]
     while waiting:
         prefix, above = waiting.pop()
         with os.scandir(top / prefix) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                name = prefix + entry.name
-                if not entry.is_dir():
-                    if entry.name.lower().endswith(tuple(EXTENSIONS)) and entry.is_file():
-                        yield name, entry.stat().st_size, ()
+                name, is_image = prefix + entry.name, entry.name.lower().endswith(tuple(EXTENSIONS))
+                try:
+                    status = entry.stat()
+                except OSError as problem:
+                    if not is_image:  # it may be a folder of images
+                        fault = f"{name!r} cannot be read: {problem.strerror}"
+                        raise UserError(f"--data {top}: {fault}; mend or remove it") from problem
+                    yield name, 0, 0, ()
                     continue
-                inode = _inode(entry)
-                if inode in above:
-                    raise UserError(f"--data {top}: {name} is a link to a folder that it lies in; remove it")
-                yield name + "/", 0, ()
-                waiting.append((name + "/", (*above, inode)))
+                if stat.S_ISDIR(status.st_mode):
+                    if _inode(status) in above:
+                        raise UserError(f"--data {top}: {name} is a link to a folder that it lies in; remove it")
+                    yield name + "/", 0, 0, ()
+                    waiting.append((name + "/", (*above, _inode(status))))
+                elif is_image:
+                    size, stamp = (status.st_size, int(status.st_mtime)) if stat.S_ISREG(status.st_mode) else (0, 0)
+                    yield name, size, stamp, ()
 
 
-def _inode(path: Path | os.DirEntry) -> tuple[int, int]:
-    status = os.stat(path)
+def _inode(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
