@@ -1,5 +1,7 @@
 """Networks to export in tests, and ways to change the files that hold them."""
 
+import functools
+import io
 import json
 import math
 import zipfile
@@ -54,7 +56,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """As DINOv2: images resized and normalised, class and register tokens, positions interpolated, two blocks."""
+    """As DINOv2: images resized and normalised, class and register tokens, positions interpolated, a block."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -66,7 +68,7 @@ class Transformer(nn.Module):
             nn.Parameter(torch.randn(1, 2, width)),
         )
         self.positions = nn.Parameter(torch.randn(1, 1 + 9, width))
-        self.blocks, self.norm = nn.ModuleList([Block(width), Block(width)]), nn.LayerNorm(width)
+        self.block, self.norm = Block(width), nn.LayerNorm(width)
 
     def forward(self, images):
         x = functional.interpolate(pixels(images), size=(16, 16), mode="bicubic", antialias=True)
@@ -76,9 +78,7 @@ class Transformer(nn.Module):
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + torch.cat([self.positions[:, :1], grid], dim=1)
         x = torch.cat([x[:, :1], self.registers.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        x = self.norm(self.block(x))
         return torch.cat([x[:, 0], x[:, 3:].mean(dim=1)], dim=1)
 
 
@@ -141,11 +141,20 @@ CASES = {
 }
 
 
+@functools.cache
+def exported(name, decompose):
+    """A case's file, as bytes, and its module; exported once for all test files."""
+    make, shapes = CASES[name]
+    torch.manual_seed(1)
+    content = io.BytesIO()
+    module = export(make(), content, shapes=shapes, decompose=decompose)
+    return content.getvalue(), module
+
+
 def write_originals(folder):
     """Two programs, to be changed."""
     for name in ("convolutional", "transformer"):
-        torch.manual_seed(1)
-        export(CASES[name][0](), folder / f"{name}.pt2", decompose=name == "transformer")
+        (folder / f"{name}.pt2").write_bytes(exported(name, name == "transformer")[0])
     return folder
 
 

@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # of torch.export's own copies
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
 ]
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -123,35 +118,6 @@ def test_hostile_programs_are_refused_in_one_line(tmp_path, folder, name):
     assert message in refusal(rewrite(folder / "convolutional.pt2", tmp_path / "net.pt2", edit))
 
 
-# each of these arguments crashed the interpreter, or read outside of its inputs, when the operator was called as it is
-KERNELS = """
-f32 = torch.randn
-cases = {
-    "_native_batch_norm_legit_no_training.default": dict(input=f32(2, 9999, 2, 2), weight=f32(1), bias=f32(1),
-        running_mean=f32(1), running_var=f32(1), momentum=0.1, eps=1e-5),
-    "_scaled_dot_product_flash_attention_for_cpu.default": dict(query=f32(64, 2, 8, 16), key=f32(1, 2, 8, 16),
-        value=f32(1, 2, 99999, 16)),
-    "scaled_dot_product_attention.default": dict(query=f32(1, 2, 8, 16), key=f32(1, 2, 8, 16),
-        value=f32(1, 2, 99999, 16)),
-    "div.Tensor_mode": dict(self=torch.tensor([-2**63]), other=torch.tensor([-1]), rounding_mode="trunc"),
-    "to.dtype": dict(self=f32(2), dtype=200),
-    "convolution.default": dict(input=f32(1, 1, 4, 4), weight=f32(1, 1, 3, 3), bias=None, stride=[1, 1],
-        padding=[2**62, 2**62], dilation=[1, 1], transposed=False, output_padding=[0, 0], groups=1),
-}
-for name, arguments in cases.items():
-    try:
-        find_operator("torch.ops.aten." + name)(arguments)
-    except ValueError:
-        print("refused")
-"""
-
-
-def test_kernels_that_trust_their_arguments_are_not_reached():
-    code = f"import torch\nfrom tools.program_operators import find_operator\n{KERNELS}"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout.split()) == (0, ["refused"] * 6), ended.stderr
-
-
 def test_bytes_that_are_no_bool_become_one(tmp_path, folder):
     def change(content):
         meta = next(p["tensor_meta"] for p in content["config"].values() if len(p["tensor_meta"]["sizes"]) == 4)
@@ -218,7 +184,7 @@ def survives(path):
         assert load_feature_network(path)(np.full((2, 16, 16, 3), 100, np.uint8)).pooled.ndim == 2
 
 
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ

@@ -6,8 +6,10 @@ by node: tensors come from `tools/pt2_archive.py` as bytes, each node calls one 
 `tools/program_operators.py`, after its arguments are checked, and sizes that depend on the input are integers that the
 nodes compute. No string of the file is evaluated and no name of it imported. Before images of a new size are passed,
 the graph runs without data (on the meta device): so a program that fits together badly is refused when it is loaded,
-as is one that asks for a tensor larger than the memory of the machine, or writes to its own weights. What is left to
-the author of a file: to take long, to fill the memory that there is, and to give wrong features.
+as is one that asks for a tensor larger than the memory of the machine, or writes to its own weights. That this holds
+with data, too, is not left to the kernels: each number and each shape that a node makes is compared with the one that
+it made without. What is left to the author of a file: to take long, to fill the memory that there is, and to give wrong
+features.
 
 The program is of a network in evaluation mode, normalises the images by itself, and may be decomposed:
 
@@ -38,7 +40,8 @@ from switchdit.engine.inert_pickle import DAMAGE
 from switchdit.errors import UserError
 from switchdit.files import sha256_of
 from tools.feature_network import Features
-from tools.program_graph import Graph, check_memory, first_line, parse_graph, run_graph
+from tools.program_graph import Graph, Sizes, first_line, parse_graph, run_graph
+from tools.program_operators import check_memory
 from tools.pt2_archive import DTYPES, read_archive
 
 # N = images, F = features, K = classes
@@ -130,7 +133,7 @@ class ProgramFeatures:
     def __init__(self, program: Program, description: dict[str, Any]):
         self.program, self.description = program, description
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.rehearsed: set[tuple[int, ...]] = set()
+        self.rehearsed: dict[tuple[int, ...], list[Sizes]] = {}  # by the shape of the images
         self.widths: list[int] = []
         self.rehearsal_weights = {
             name: torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
@@ -148,15 +151,16 @@ class ProgramFeatures:
 
     def rehearse(self, shape: tuple[int, ...]) -> list[Tensor]:
         """Run without data. `UserError` for a graph that fails, takes too much memory, or writes to its weights."""
+        sizes: list[Sizes] = []
         with torch.no_grad(), TensorLimit():
             images = torch.empty(shape, dtype=torch.uint8, device="meta")
             given = {**self.rehearsal_weights, self.program.images: images}
-            outputs = run_graph(self.program.graph, given, images.device)
+            outputs = run_graph(self.program.graph, given, images.device, sizes.append)
         written = [self.program.full_names[name] for name, weight in self.rehearsal_weights.items() if weight._version]
         if written:
             raise UserError(f"writes to its own '{written[0]}'; call .eval() on the network before it is exported")
         check_outputs(outputs, shape[0])
-        self.rehearsed.add(shape)
+        self.rehearsed[shape] = sizes
         return outputs
 
     def run(self, images: Tensor) -> list[Tensor]:
@@ -164,8 +168,14 @@ class ProgramFeatures:
         if tuple(images.shape) not in self.rehearsed:
             self.rehearse(tuple(images.shape))
         given = {**self.weights, self.program.images: images.to(self.device, copy=True)}
+        rehearsed = iter(self.rehearsed[tuple(images.shape)])
+
+        def compare(sizes: Sizes) -> None:
+            if sizes != next(rehearsed):
+                raise UserError(f"node '{sizes[0]}' computes other sizes with data than without")
+
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            outputs = run_graph(self.program.graph, given, self.device)
+            outputs = run_graph(self.program.graph, given, self.device, compare)
         check_outputs(outputs, len(images))
         widths = [output.shape[1] for output in outputs]
         if self.widths and widths != self.widths:

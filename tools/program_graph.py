@@ -7,7 +7,7 @@ are refused like any operator that is not on the list.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchdit.engine.inert_pickle import DAMAGE
 from switchdit.errors import UserError
-from tools.program_operators import Operator, find_operator
+from tools.program_operators import Operator, check_memory, find_operator
 from tools.pt2_archive import DTYPES, STRIDED
 
 NO_GRAD = "torch.ops.higher_order.wrap_with_set_grad_enabled"
@@ -128,24 +128,35 @@ def parse_output(output: dict[str, Any]) -> Any:
     return None if kind == "as_none" else value.get("name", value.get("as_name"))
 
 
-def run_graph(graph: Graph, given: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """The outputs of a graph for the values of its inputs; `UserError`, naming the node, for one that fails."""
+Sizes = tuple[str, list[Any]]  # of a node: its name; the numbers that it made, the shapes for tensors
+
+
+def run_graph(
+    graph: Graph, given: dict[str, Any], device: torch.device, visit: Callable[[Sizes], None]
+) -> list[Tensor]:
+    """The outputs of a graph for the values of its inputs; `UserError`, naming the node, for one that fails.
+
+    ``visit`` is called after each node, with the sizes of what later nodes use.
+    """
     made: dict[str, Any] = {}
     for step in graph.steps:
+        used: list[Any] = []
         try:
             arguments = {name: filled(value, given, made, device) for name, value in step.arguments.items()}
             if isinstance(step.call, Graph):
                 inputs = dict(zip(step.call.inputs, arguments.values(), strict=True))
-                results = tuple(run_graph(step.call, inputs, device))
+                results = tuple(run_graph(step.call, inputs, device, visit))
             else:
                 results = step.call(arguments)
             for name, result in zip(step.outputs, results if isinstance(results, tuple) else [results], strict=False):
                 names, values = (name, result) if isinstance(name, list) else ([name], [result])
                 made.update(zip(names, values, strict=True))
+                used += [made[name] for name in names if name is not None and name not in step.frees]
         except UserError:
             raise
         except (*DAMAGE, AssertionError) as problem:
             raise UserError(f"node '{step.name}' ({step.target}) fails: {first_line(problem)}") from problem
+        visit((step.name, [tuple(value.shape) if isinstance(value, Tensor) else value for value in used]))
         for name in step.frees:
             made.pop(name, None)
         if device.type == "meta":
@@ -166,16 +177,6 @@ def filled(value: Any, given: dict[str, Any], made: dict[str, Any], device: torc
     if not isinstance(found, value.types):
         raise ValueError(f"'{value.name}' is of another type than it says")
     return found
-
-
-def check_memory(needed: int) -> None:
-    """`UserError` for more bytes than the machine has, in the memory that the network will use."""
-    if torch.cuda.is_available():
-        present = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    else:
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
-        raise UserError(f"needs {needed / 2**30:.3g} GiB of memory at once; there are {present / 2**30:.3g}")
 
 
 def first_line(problem: BaseException) -> str:

@@ -5,21 +5,28 @@ by what they do (read files, start threads, change storages), and by kernels tha
 write out of bounds. Against the first there is a list: an operator that is not on it is refused, and all on it only
 compute. Of the list's operators these trust their arguments, and here they are not trusted:
 
-- dtypes and layouts given as bare numbers reach types without a name: only names of known ones pass;
-- sizes near 2**63 overflow, and convolutions and pools compute with 32 bits: integers are bounded;
+- dtypes and layouts given as bare numbers reach types without a name: only names of known ones pass, and the overloads
+  of `to` that take a dtype as a number are left out;
+- sizes near 2**63 overflow, and convolutions and pools compute with 32 bits: integers are bounded, and so are, counted
+  here where numbers cannot overflow, the elements of what they ask for;
+- `native_group_norm` believes the sizes that it is given beside its input, and compares only their product, modulo
+  2**64: these, and the shapes that other norms are told, are compared with the input;
 - `_native_batch_norm_legit_no_training` and attention for the CPU do not compare the sizes of their inputs;
 - interpolation with scales that contradict the sizes takes weights and pixels from outside;
 - rounded division of the smallest integer by -1 is a fault of the processor;
 - as_strided may look at any part of its storage: what it looks at is compared with the storage here, too;
 - kernels with windows are not made for tensors without elements.
 
-Left out: set_, resize_, view of another dtype, empty, unpooling, sparse, quantised and random operators.
+Left out: set_, resize_, view of another dtype, empty, unpooling, sparse, quantised and random operators, and all that
+makes a number of data (item) or of strides, which differ with data and without: so the numbers of a program follow from
+the sizes of the images alone.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,15 +64,15 @@ SHAPES = """
     unflatten.int squeeze unsqueeze select.int slice narrow.default split split_with_sizes chunk unbind.int
     cat.default stack concat.default concatenate.default hstack vstack movedim moveaxis swapaxes swapdims roll flip
     unfold triu tril meshgrid index index_select gather embedding index_put slice_scatter select_scatter diagonal fill
-    _unsafe_index to type_as _to_copy contiguous clone copy detach alias lift_fresh_copy dropout native_dropout
-    feature_dropout alpha_dropout feature_alpha_dropout
+    _unsafe_index to.dtype to.dtype_layout to.device to.other type_as _to_copy contiguous clone copy.default detach
+    alias lift_fresh_copy dropout native_dropout feature_dropout alpha_dropout feature_alpha_dropout
 """
 NEW = """
     zeros.default ones.default full.default zeros_like ones_like full_like new_zeros new_ones new_full arange
     linspace.default eye scalar_tensor
 """
 ASSERTIONS = "_assert_tensor_metadata _assert_scalar _assert_async.msg sym_constrain_range sym_constrain_range_for_size"
-SIZES = "sym_size.int sym_numel sym_stride.int"
+SIZES = "sym_size.int sym_numel"
 IN_PLACE = """
     relu_ relu6_ gelu_ silu_ mish_ elu_ celu_ selu_ leaky_relu_ hardtanh_ hardswish_ hardsigmoid_ sigmoid_ tanh_ add_
     sub_ mul_ div_ pow_ exp_ sqrt_ rsqrt_ neg_ clamp_ clamp_min_ clamp_max_ masked_fill_ fill_ zero_ copy_ index_put_
@@ -136,6 +143,8 @@ class Operator(NamedTuple):
             raise ValueError("it is given a tensor without elements")
         if base in CHECKS:
             CHECKS[base](bound)
+        if base in ELEMENTS:
+            check_memory(ELEMENTS[base](bound))
         return self.function(**bound)
 
 
@@ -175,6 +184,18 @@ def check_argument(value: Any, name: str, kind: str) -> None:
             raise ValueError(f"its argument '{name}' is a {type(leaf).__name__}, expected {kind}")
         if type(leaf) is int and "int" in kind and abs(leaf) > BOUNDS.get(name, LARGEST_SIZE):
             raise ValueError(f"its argument '{name}' is {leaf}, which is out of range")
+        if isinstance(leaf, Tensor):
+            check_memory(leaf.numel())  # views with strides of 0 have any number of elements; a byte each at least
+
+
+def check_memory(needed: int) -> None:
+    """`UserError` for more bytes than the machine has, in the memory that the network will use."""
+    if torch.cuda.is_available():
+        present = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise UserError(f"needs {needed / 2**30:.3g} GiB of memory at once; there are {present / 2**30:.3g}")
 
 
 def check_channels(bound: dict[str, Any]) -> None:
@@ -183,6 +204,24 @@ def check_channels(bound: dict[str, Any]) -> None:
         vector = bound.get(name)
         if vector is not None and (image.ndim < 2 or tuple(vector.shape) != (image.shape[1],)):
             raise ValueError(f"its {name} is of shape {tuple(vector.shape)}, its input of {tuple(image.shape)}")
+
+
+def check_groups(bound: dict[str, Any]) -> None:
+    check_channels(bound)
+    shape, groups = bound["input"].shape, bound.get("group", bound.get("num_groups"))
+    told = [bound.get(name, size) for name, size in zip(("N", "C"), shape, strict=False)]
+    told.append(bound.get("HxW", math.prod(shape[2:])))
+    if len(shape) < 2 or told != [*shape[:2], math.prod(shape[2:])] or groups < 1 or shape[1] % groups:
+        raise ValueError(f"its sizes {told} in {groups} groups are not those of its input {tuple(shape)}")
+
+
+def check_normalized(bound: dict[str, Any]) -> None:
+    image, normalized = bound["input"], tuple(bound["normalized_shape"])
+    if not normalized or tuple(image.shape[-len(normalized) :]) != normalized:
+        raise ValueError(f"it normalizes the sizes {normalized} of an input of {tuple(image.shape)}")
+    for name in ("weight", "bias"):
+        if bound.get(name) is not None and tuple(bound[name].shape) != normalized:
+            raise ValueError(f"its {name} is of shape {tuple(bound[name].shape)}, expected {normalized}")
 
 
 def check_attention(bound: dict[str, Any]) -> None:
@@ -235,6 +274,15 @@ def check_padding(bound: dict[str, Any]) -> None:
         raise ValueError("its padding is negative")
 
 
+def elements_asked(bound: dict[str, Any]) -> int:
+    return math.prod(map(abs, bound["size"]))  # -1 keeps a size
+
+
+def elements_repeated(bound: dict[str, Any]) -> int:
+    repeats = bound.get("repeats", bound.get("dims"))
+    return bound["self"].numel() * math.prod(repeats if isinstance(repeats, list) else [repeats])
+
+
 def flash_attention_for_cpu(
     query: Tensor, key: Tensor, value: Tensor, *more, **options
 ) -> tuple[Tensor, Tensor | None]:
@@ -246,12 +294,19 @@ def flash_attention_for_cpu(
 
 WINDOW_OPERATORS = frozenset(WINDOWS.split())
 REPLACED = {"_scaled_dot_product_flash_attention_for_cpu": flash_attention_for_cpu}
+ELEMENTS: dict[str, Callable[[dict[str, Any]], int]] = {
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), elements_asked),
+    **dict.fromkeys(("expand", "broadcast_to", "as_strided"), elements_asked),
+    **dict.fromkeys(("repeat", "tile", "repeat_interleave"), elements_repeated),
+}
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     **dict.fromkeys(("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training"), check_channels),
     **dict.fromkeys(("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"), check_attention),
     **{name: check_scales for name in WINDOW_OPERATORS if "upsample" in name},
     **dict.fromkeys(("div", "div_"), check_divisor),
     **dict.fromkeys(("pad", "reflection_pad2d", "replication_pad2d"), check_padding),
+    **dict.fromkeys(("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"), check_normalized),
+    **dict.fromkeys(("native_group_norm", "group_norm"), check_groups),
     "as_strided": check_view,
     "convolution": check_not_transposed,
 }
