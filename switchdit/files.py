@@ -26,6 +26,15 @@ def make_folder(path: str | os.PathLike) -> None:
         raise UserError(f"folder '{path}' cannot be made: {problem.strerror}") from None
 
 
+def check_writable(path: str | os.PathLike, option: str) -> None:
+    """Raise `UserError` where the file or folder ``path`` that ``option`` names could not be made or written into."""
+    path = Path(path)
+    whole = path.absolute()
+    nearest = whole if whole.is_dir() else next(parent for parent in whole.parents if os.path.exists(parent))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path} cannot be written: {nearest} is no folder that you may write to")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes the name ``path`` only when the block ends without an error.

@@ -1,9 +1,12 @@
 """Photographs of several kinds and a tiny autoencoder, for tests of extraction."""
 
+import contextlib
+import subprocess
 import tarfile
 import zipfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
 CLASSES = {"ant": 9, "bee": 10, "cow": 4}  # folder -> images
@@ -31,11 +34,11 @@ def write_autoencoder(path):
     return path
 
 
-def write_photos(root, classes=CLASSES, seed=0):
-    """PNG and JPEG files of as many sizes, some of them in folders below that of their class."""
+def write_photos(root, classes=CLASSES, seed=0, first=0):
+    """PNG and JPEG files of as many sizes, numbered from ``first``, some in folders below that of their class."""
     for name, count in classes.items():
         (root / name / "deeper").mkdir(parents=True)
-        for index in range(count):
+        for index in range(first, first + count):
             seed += 1
             folder = root / name / ("deeper" if index % 3 == 0 else "")
             Image.fromarray(noise(16 + seed, 50 - seed, seed)).save(folder / f"{index}{('.png', '.JPEG')[index % 2]}")
@@ -58,6 +61,23 @@ def as_zip(folder, path):
 def content(folder):
     """Every file of an output folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_sidecars(files):
+    """Of `content`: sidecars tell the dates of files, of which archives keep others."""
+    return {name: data for name, data in files.items() if not (name.startswith("shard") and name.endswith(".json"))}
+
+
+@contextlib.contextmanager
+def small_disk(path, options):
+    """A file system of its own in the folder ``path``; the test is skipped where none can be mounted."""
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 def arguments(data, out, vae, *more):

@@ -10,6 +10,7 @@ from scipy import stats
 from switchdit.data import latent_shards as shards
 from switchdit.data.latent_dataset import LatentDataset
 from switchdit.errors import UserError
+from tests.extraction_inputs import small_disk, without_sidecars
 from tools import export_latents as tool
 from tools import import_latents as importer
 
@@ -72,7 +73,7 @@ def test_means_come_back_within_the_rounding_of_float16_and_then_for_ever(tmp_pa
     assert np.array_equal(first.labels, LABELS)
     assert content(export(tmp_path / "b", tmp_path / "c")) == content(tmp_path / "a")
     import_again(tmp_path / "c", tmp_path / "d")
-    assert content(tmp_path / "b") == content(tmp_path / "d")
+    assert without_sidecars(content(tmp_path / "b")) == without_sidecars(content(tmp_path / "d"))
 
 
 def test_draws_are_of_the_posteriors_and_rounded_once(tmp_path):
@@ -104,15 +105,15 @@ def test_draws_depend_on_seed_and_image_alone(tmp_path):
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, fault):
     write(tmp_path / "in", std=0)
-    save, calls = np.save, []
+    save, calls = tool.write_npy, []
 
-    def failing(*arguments, **options):
+    def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 9:
             raise fault
-        save(*arguments, **options)
+        save(*arguments)
 
-    monkeypatch.setattr(np, "save", failing)
+    monkeypatch.setattr(tool, "write_npy", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         export(tmp_path / "in", tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -126,7 +127,7 @@ def test_only_a_new_or_empty_folder_is_written(tmp_path, capsys):
     for name, message in (
         ("full", "is a folder with files in it"),
         ("file", "is a file"),
-        ("file/to", "cannot be made"),
+        ("file/to", "is no folder that you may write to"),
     ):
         with pytest.raises(SystemExit):
             export(tmp_path / "in", tmp_path / name)
@@ -138,3 +139,33 @@ def test_only_a_new_or_empty_folder_is_written(tmp_path, capsys):
         export(tmp_path / "in", tmp_path / "to", "--seed", "-1")
     with pytest.raises(UserError, match="there is no folder"):
         LatentDataset(tmp_path / "to")
+
+
+def refusal(latents, to, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export(latents, to)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path):
+    write(tmp_path / "in", std=0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    export(tmp_path / "in", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(content(tmp_path / "empty")) == 2 * NUM
+
+
+def test_disks_that_are_full_or_cannot_be_written(tmp_path, capsys):
+    write(tmp_path / "in", std=0)
+    with small_disk(tmp_path / "small", "size=100k") as disk:
+        assert refusal(tmp_path / "in", disk / "to", capsys).startswith("error: no space left on the disk")
+        assert not list(disk.iterdir())
+    with small_disk(tmp_path / "ro", "ro") as disk:
+        assert f"--to {disk}/new/to cannot be written" in refusal(tmp_path / "in", disk / "new" / "to", capsys)
+
+
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(tmp_path / "in", tmp_path / "to", capsys)
+    assert line == "error: tools/export_latents.py runs in one process; start it without a launcher"

@@ -25,6 +25,7 @@ from switchdit.data.latent_dataset import UNKNOWN, LatentDataset
 from switchdit.data.training_batches import TrainingBatches
 from switchdit.errors import UserError
 from switchdit.models import model_fields
+from tests.extraction_inputs import small_disk, without_sidecars
 from tools import import_latents as tool
 from tools import latent_sources as sources
 
@@ -113,7 +114,8 @@ def test_edm2_moments_are_taken_as_they_are_from_folder_or_zip(tmp_path):
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         archive = zipped(folder, tmp_path / f"{compression}.zip", compression)
         run(archive, tmp_path / f"of_zip_{compression}", "--num-classes", "7")
-        assert content(tmp_path / "out") == content(tmp_path / f"of_zip_{compression}")
+        of_zip = content(tmp_path / f"of_zip_{compression}")
+        assert without_sidecars(of_zip) == without_sidecars(content(tmp_path / "out"))
 
 
 def test_latents_without_labels_are_of_one_class(tmp_path):
@@ -185,6 +187,65 @@ def test_changed_labels_are_another_data_set(tmp_path):
     with pytest.raises(UserError, match="holds latents of another extraction"):
         run(source, tmp_path / "out")
     assert LatentDataset(tmp_path / "out").labels.tolist() == LABELS
+
+
+def refusal(capsys, source, out, *more):
+    """The one line in which the program says what is wrong."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--from", str(source), "--out", str(out), "--vae", VAE, *more])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "|" not in line)
+    return line
+
+
+def test_other_latents_of_the_same_names_and_sizes_are_noticed(tmp_path, capsys):
+    source = write_edm2(tmp_path / "in", moments_of())
+    archive = zipped(source, tmp_path / "in.zip")
+    for one in (source, archive):
+        out = tmp_path / f"of_{one.name}"
+        run(one, out, "--shard-size", "4")
+        before = content(out)
+        np.save(source / edm2_name(5), moments_of()[5] + 1)
+        os.utime(source / edm2_name(5), (1e9, 1e9))
+        if one == archive:
+            zipped(source, archive)
+        assert f"1 of 3 shards in {out} are of files that have changed" in refusal(
+            capsys, one, out, "--shard-size", "4"
+        )
+        assert content(out) == before
+        np.save(source / edm2_name(5), moments_of()[5])
+        zipped(source, archive)
+
+
+def test_latents_of_another_autoencoder_known_by_name_are_refused(tmp_path, capsys):
+    source = write_edm2(tmp_path / "in", moments_of())
+    run(source, tmp_path / "out")
+    line = refusal(capsys, source, tmp_path / "out", "--vae", "test/other")
+    assert f"vae_name {VAE} there, test/other now" in line
+    assert LatentDataset(tmp_path / "out").manifest["vae"] == {"name": VAE, "sha256": UNKNOWN}
+
+
+def test_a_disk_that_is_full_is_told(tmp_path, capsys):
+    source = write_edm2(tmp_path / "in", moments_of())
+    with small_disk(tmp_path / "disk", "size=16k") as disk:  # a shard of four has 4 kB
+        line = refusal(capsys, source, disk / "out", "--shard-size", "4")
+        assert line.startswith("error: no space left on the disk that holds ")
+        assert not list((disk / "out").glob(".*"))
+
+
+def test_what_cannot_be_written_is_told_before_reading(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "ro") as disk:
+        assert f"--out {disk} cannot be written" in refusal(capsys, tmp_path / "nowhere", disk)
+
+
+def test_several_processes_are_refused_by_the_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(capsys, tmp_path, tmp_path / "out", "--local_rank=0")
+    assert line == "error: tools/import_latents.py runs in one process; start it without a launcher"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--from", "x", "--out", "y", "--vae", VAE, "--local_rank=1"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture

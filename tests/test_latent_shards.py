@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchdit.data import latent_conflicts as conflicts
 from switchdit.data import latent_shards as shards
 from switchdit.errors import UserError
+from tools.extraction import to_float16
 
 PLAN = shards.Plan("d", 3, 8, (2, 3, 4), 2, "float32", "v", 0.5, "t")
 
@@ -52,11 +54,11 @@ def test_finished_means_whole_same_plan_same_files_same_tolerance(tmp_path):
 
 @pytest.mark.parametrize("change", [{"image_size": 16}, {"vae_sha256": "w"}, {"shard_size": 3}, {"images": "e"}])
 def test_other_plan_in_the_same_folder_is_refused_and_named(tmp_path, change):
-    shards.check_same_plan(tmp_path, PLAN)
+    conflicts.check_same_plan(tmp_path, PLAN)
     shards.write_shard(tmp_path, 0, moments(2), PLAN, "source")
-    shards.check_same_plan(tmp_path, PLAN)
+    conflicts.check_same_plan(tmp_path, PLAN)
     with pytest.raises(UserError, match=f"{next(iter(change))} .* there"):
-        shards.check_same_plan(tmp_path, replace(PLAN, **change))
+        conflicts.check_same_plan(tmp_path, replace(PLAN, **change))
 
 
 @pytest.mark.parametrize("value", [70000.0, np.nan, np.inf])
@@ -64,7 +66,7 @@ def test_value_beyond_float16_names_the_image(value):
     batch = np.zeros((3, 2, 2, 1, 1, 1), np.float32)
     batch[1, 1, 0] = value
     with pytest.raises(UserError, match=r"b\.png"):
-        shards.to_float16(batch, ["a.png", "b.png", "c.png"])
+        to_float16(batch, ["a.png", "b.png", "c.png"])
 
 
 @pytest.mark.parametrize("target", ["shard", "sidecar"])
@@ -153,7 +155,7 @@ def test_sidecar_edited_by_hand_counts_as_it_was_or_not_at_all(complete, data):
     plan, path = replace(PLAN, num_files=2), shards.sidecar_path(out, 0)
     key = data.draw(st.sampled_from(sorted(sidecar)))
     path.write_text(json.dumps({**sidecar, key: data.draw(JUNK)}))
-    in_one_line(lambda: shards.check_same_plan(out, plan))
+    in_one_line(lambda: conflicts.check_same_plan(out, plan))
     found = in_one_line(lambda: shards.finished_shard(out, 0, plan, "s", False))
     assert found is None or {**found, "sha256": ""} == {**json.loads(json.dumps(sidecar)), "sha256": ""}
 
@@ -168,7 +170,7 @@ def test_manifest_edited_by_hand_is_read_or_refused_in_a_line(complete, data):
     (out / shards.MANIFEST).write_text(json.dumps(edited))
     found = in_one_line(lambda: shards.read_manifest(out))
     if found:
-        in_one_line(lambda: shards.check_same_settings(out, found, PLAN))
+        in_one_line(lambda: conflicts.check_same_settings(out, found, PLAN))
         assert found["num_images"] == 2
 
 
@@ -184,9 +186,9 @@ def test_appended_shards_are_listed_after_those_that_are_there(tmp_path):
     sidecar = shards.write_shard(tmp_path, 0, moments(1), first, "s", ["bad.png"])
     manifest = shards.write_manifest(tmp_path, first, [sidecar], np.array([0]), ["a"], ["cat"], vae)
     more = replace(PLAN, images="e", num_files=1, first_shard=1)
-    shards.check_same_settings(tmp_path, manifest, more)
+    conflicts.check_same_settings(tmp_path, manifest, more)
     with pytest.raises(UserError, match="flip True there, False now"):
-        shards.check_same_settings(tmp_path, manifest, replace(more, flip=False))
+        conflicts.check_same_settings(tmp_path, manifest, replace(more, flip=False))
     sidecar = shards.write_shard(tmp_path, 1, moments(1, seed=1), more, "s")
     assert shards.read_manifest(tmp_path) == manifest  # until the new one is written
     labels = np.array([0, 1])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from switchdit.data.npy_header import parse_npy_header
+from switchdit.data.npy_header import parse_npy_header, write_npy
 
 
 def saved(array, **options):
@@ -29,6 +29,18 @@ def test_what_numpy_writes(array):
     header = parse_npy_header(content)
     assert (header.dtype, header.shape, header.file_size) == (array.dtype, array.shape, len(content))
     assert content[header.offset :] == array.tobytes()
+
+
+@given(
+    arrays.arrays(
+        st.sampled_from(["<f4", "<f2", "<i8", "|u1"]),
+        arrays.array_shapes(min_dims=1, max_dims=5, min_side=0, max_side=4),
+    )
+)
+def test_what_is_written_is_what_numpy_writes(array):
+    file = io.BytesIO()
+    write_npy(file, array.T)
+    assert file.getvalue() == saved(np.ascontiguousarray(array.T))
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])

@@ -36,7 +36,7 @@ if __package__ in (None, ""):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import write_json
+from switchdit.files import check_writable, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,9 +156,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.out and args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; give a file such as {args.out / 'metrics.json'}")
     if args.out:
-        ancestor = next(parent for parent in args.out.absolute().parents if parent.exists())
-        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-            raise UserError(f"--out {args.out} cannot be written: {ancestor} is no folder that you may write to")
+        check_writable(args.out, "--out")
 
 
 def check_image_sets(args: argparse.Namespace, reference: ImageSet, samples: ImageSet) -> None:

@@ -21,16 +21,20 @@ if __package__ in (None, ""):
 import numpy as np
 
 from switchdit.data.latent_dataset import LatentDataset
+from switchdit.data.npy_header import write_npy
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import make_folder, sync_directory
+from switchdit.files import check_writable, make_folder, sync_directory
 from switchdit.progress import progress, say
 from switchdit.random_streams import random_stream
+from tools.command_line import check_one_process, told_by_rank_0
 
 BLOCK = 256  # images at a time
 
 
 def export(data: LatentDataset, to: Path, seed: int) -> None:
     """Write all images of ``data`` into the folder ``to``; `UserError` when there is something in it."""
+    to = to.resolve()  # of a link to an empty folder, the folder
+    check_writable(to.parent if to.exists() else to, "--to")
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"--to {to} is {'a folder with files in it' if to.is_dir() else 'a file'}; give a new folder")
     make_folder(to.parent)
@@ -43,8 +47,9 @@ def export(data: LatentDataset, to: Path, seed: int) -> None:
             for start in range(0, len(data), BLOCK):
                 indices = range(start, min(start + BLOCK, len(data)))
                 for i, latent in zip(indices, draw(data, indices, seed), strict=True):
-                    np.save(features / f"{i}.npy", latent[None], allow_pickle=False)
-                    np.save(labels / f"{i}.npy", data.labels[i : i + 1], allow_pickle=False)
+                    for folder, values in ((features, latent[None]), (labels, data.labels[i : i + 1])):
+                        with open(folder / f"{i}.npy", "wb") as file:
+                            write_npy(file, values)
                 bar.update(len(indices))
         os.sync()  # one for all: a sync for each of a million files would take hours
         os.replace(partial, to)
@@ -71,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latents", type=Path, required=True, help="folder of tools/extract_latents.py")
     parser.add_argument("--to", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    args = parser.parse_args(argv)
+    args = told_by_rank_0(parser).parse_args(argv)
+    check_one_process("tools/export_latents.py")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
     data = LatentDataset(args.latents)

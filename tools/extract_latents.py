@@ -18,12 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import from the repository root
@@ -35,28 +34,39 @@ import numpy as np
 
 from switchdit.data.image_pixels import TRANSFORM, read_images
 from switchdit.data.image_source import ImageSource, list_images
+from switchdit.data.latent_conflicts import changed_shards
 from switchdit.data.latent_shards import (
-    CONTINUE,
     MANIFEST,
     Plan,
     damaged_list,
+    damaged_shard,
     default_shard_size,
     digest_of,
+    how_to_complete,
     image_shape,
     lists_shards,
     owned_shards,
     read_manifest,
     relist_shards,
     remove_outdated,
+    unlisted_shards,
 )
 from switchdit.errors import UserError, exit_on_user_error
-from tools.extraction import Job, encode_shards, finish, job_for, readable, wait_for_others
+from switchdit.files import check_writable, make_folder
+from tools.command_line import interrupt_on_sigterm, told_by_rank_0, told_when_stopped
+from tools.extraction import Job, encode_shards, finish, job_for, new_classes, readable, wait_for_others
 
 if TYPE_CHECKING:
     from switchdit.data.autoencoder import Autoencoder
 
 MOST_WORKERS = 16  # a device is kept busy by fewer; more would only take memory
 PREVIEWED = 16  # images
+# What a mode that extracts nothing takes beside its own option.
+TAKEN = {
+    "verify": ("out",),
+    "stats": ("out",),
+    "preview": ("data", "vae", "labels", "unlabeled", "image_size", "dtype", "skip_bad"),
+}
 
 # ---------------------------------------------------------------------------------------------- the program
 
@@ -84,25 +94,39 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     modes.add_argument("--verify", action="store_true", help="only check the files in --out against their checksums")
     modes.add_argument("--stats", action="store_true", help="only print mean and std of the latents in --out")
     modes.add_argument("--preview", type=Path, metavar="FILE.png", help="only draw some images and what the VAE keeps")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
-    args = parser.parse_args(argv)
-    needed = ("out",) if args.verify or args.stats else ("data", "vae") if args.preview else ("data", "out", "vae")
+    args = told_by_rank_0(parser).parse_args(argv)
+    mode = next((mode for mode in TAKEN if getattr(args, mode)), None)
+    needed = TAKEN[mode][:2] if mode else ("data", "out", "vae")
     missing = [f"--{option}" for option in needed if getattr(args, option) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; see --help")
+    given = [option for option, value in vars(args).items() if value != parser.get_default(option)]
+    if mode and (idle := [o for o in given if o not in (*TAKEN[mode], mode, "local_rank")]):
+        raise UserError(f"--{mode} extracts nothing; it does not take {', '.join(map(written, idle))}")
     for option, least in {"image_size": 1, "batch_size": 1, "shard_size": 1, "workers": 0}.items():
         if getattr(args, option) is not None and getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}")
+            raise UserError(f"{written(option)} {getattr(args, option)} must be at least {least}")
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = min(MOST_WORKERS, max(1, cores // processes_here()))
+        args.workers = min(MOST_WORKERS, max(1, cores() // processes_here()))
     if args.out and args.data and args.data.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         raise UserError(f"--out {args.out} lies in --data {args.data}; its files would be taken for images later")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file, not a folder")
     if args.preview and args.preview.suffix != ".png":
         raise UserError(f"--preview {args.preview} must be a file that ends in .png")
+    if args.preview and args.preview.is_dir():
+        raise UserError(f"--preview {args.preview} is a folder, not a file")
+    if mode in (None, "preview"):
+        check_writable(args.preview or args.out, "--preview" if args.preview else "--out")
     return args
+
+
+def written(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes_here() -> int:
@@ -111,19 +135,22 @@ def processes_here() -> int:
 
 
 def load_for_rank(args: argparse.Namespace) -> Autoencoder:
-    """The autoencoder on this process's device, set up to give the same latents on every run."""
+    """The autoencoder on this process's device, set up to give the same latents on every run.
+
+    How sums are split between threads changes their last bits: on a CPU each process computes with one.
+    """
     import torch
 
     from switchdit.data.autoencoder import load_autoencoder
 
     device = "cpu"
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', args.local_rank)) % torch.cuda.device_count()}"
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # float32 shall mean float32; bfloat16 is the fast choice
         torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        torch.set_num_threads(1)
     return load_autoencoder(args.vae, device, getattr(torch, args.dtype))
 
 
@@ -156,6 +183,52 @@ def make_plan(args: argparse.Namespace, source: ImageSource, autoencoder: Autoen
     )
 
 
+def is_complete(job: Job, there: dict[str, Any], done: list[dict[str, Any]]) -> bool:
+    """Whether nothing is left to do; `UserError` when what is damaged cannot be repaired from these images."""
+    if len(done) < len(job.shards) or not lists_shards(there, done) or not (job.out / MANIFEST).is_file():
+        return False
+    damaged = damaged_list(job.out, there)
+    if damaged and job.known:
+        raise UserError(
+            f"{damaged} is missing or damaged; delete {job.out / MANIFEST}, then {how_to_complete(job.out)}"
+        )
+    shard = damaged_shard(job.out, there)
+    if shard and not damaged:
+        raise UserError(
+            f"{shard} is missing or damaged, and not made of the images of {job.source.root}; the command that made "
+            "it, with its --data, repairs it"
+        )
+    return not damaged
+
+
+def first_line(args: argparse.Namespace, job: Job, done: int, classes: list[str], autoencoder: Autoencoder) -> str:
+    """What is done. done: shards that need not be made. classes: the new ones, where images are appended."""
+    plan, source = job.plan, job.source
+    one_thread = autoencoder.model is not None and autoencoder.device.type == "cpu" and processes_here() < cores()
+    return (
+        f"{len(source.names)} images, {len(source.class_names)} classes, from {args.data} to {args.out}: "
+        f"{args.image_size} pixels -> latents {plan.latent_shape} of {args.vae} in {args.dtype} "
+        f"on {autoencoder.device.type} x {job.world_size}"
+        + (" (one thread each: on a CPU take NPROC = cores)" if one_thread else "")
+        + f", {len(job.shards)} shards"
+        + (f" after {plan.first_shard}" if plan.first_shard else "")
+        + (f", {done} of them already there" if done else "")
+        + (f"; new classes: {', '.join(classes) or 'none'}" if args.append and not job.known else "")
+    )
+
+
+def notes(job: Job) -> Iterator[str]:
+    """What the user should know before the work begins."""
+    if job.world_size > len(job.shards):
+        yield f"{job.world_size} processes but {len(job.shards)} shards; a smaller --shard-size would busy all"
+    changed = changed_shards(job.out, job.digests)
+    if changed:
+        yield (
+            f"{len(changed)} shards there are made anew: they are of files that have changed since, by size or date, "
+            "or of others of the same names"
+        )
+
+
 def extract(args: argparse.Namespace) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     say = print if rank == 0 else lambda *_, **__: None
@@ -163,38 +236,22 @@ def extract(args: argparse.Namespace) -> None:
     source = list_images(args.data, args.labels, args.unlabeled)
     autoencoder = load_for_rank(args)
     plan = make_plan(args, source, autoencoder)
-    job, known = job_for(Job(source, args.out, plan, args.skip_bad, rank, world_size), there, args.append)
-    plan, num_shards = job.plan, len(job.shards)
+    job = job_for(Job(source, args.out, plan, args.skip_bad, rank, world_size), there, args.append)
 
     done = {index: sidecar for index in job.shards if (sidecar := job.finished(index))}
-    if there and len(done) == num_shards and lists_shards(there, list(done.values())):
-        damaged = damaged_list(args.out, there)
-        if damaged and known:
-            raise UserError(
-                f"{damaged} is missing or damaged; delete {MANIFEST}, then run the first extraction and every --append "
-                "again in their order: their shards are kept"
-            )
-        if not damaged:
-            if rank == 0:
-                remove_outdated(args.out, there)
-            say(f"already complete: {args.out / MANIFEST}")
-            return
-    say(
-        f"{len(source.names)} images, {len(source.class_names)} classes, from {args.data} to {args.out}: "
-        f"{args.image_size} pixels -> latents {plan.latent_shape} of {args.vae} in {args.dtype} "
-        f"on {autoencoder.device.type} x {world_size}, {num_shards} shards"
-        + (f" after {plan.first_shard}" if plan.first_shard else "")
-        + (f", {len(done)} of them already there" if done else ""),
-        flush=True,
-    )
-    if world_size > num_shards:
-        say(f"note: {world_size} processes but {num_shards} shards; a smaller --shard-size would busy all")
-    if rank == 0 and not known and not args.append:
-        (args.out / MANIFEST).unlink(missing_ok=True)  # until it is true again
+    if there and is_complete(job, there, list(done.values())):
+        if rank == 0:
+            remove_outdated(args.out, there)
+        say(f"already complete: {args.out / MANIFEST}")
+        return
+    classes = new_classes(source, there["class_names"]) if there else []
+    say(first_line(args, job, len(done), classes, autoencoder), flush=True)
+    for note in notes(job):
+        say(f"note: {note}", flush=True)
     started = time.monotonic()
     with own_mistakes_told(rank):
-        args.out.mkdir(parents=True, exist_ok=True)
-        mine = [list(job.shards)[i] for i in owned_shards(num_shards, rank, world_size)]
+        make_folder(args.out)
+        mine = [list(job.shards)[i] for i in owned_shards(len(job.shards), rank, world_size)]
         try:
             encode_shards(
                 job, [index for index in mine if index not in done], autoencoder, args.batch_size, args.workers
@@ -211,7 +268,7 @@ def extract(args: argparse.Namespace) -> None:
     for path in args.out.glob(".rank_*.alive"):  # also of a killed run with more processes
         path.unlink(missing_ok=True)
     seconds = time.monotonic() - started
-    if known:
+    if job.known:
         manifest = relist_shards(args.out, there, sidecars)
     else:
         manifest = finish(job, sidecars, autoencoder.identity, there if args.append else None)
@@ -220,6 +277,11 @@ def extract(args: argparse.Namespace) -> None:
         f"wrote {args.out / MANIFEST}: {manifest['num_images']} images in {len(manifest['shards'])} shards, "
         f"{len(manifest['skipped'])} skipped; {encoded} encoded in {seconds:.1f} s, {encoded / seconds:.1f} images/s"
     )
+    if others := unlisted_shards(args.out, manifest):
+        say(
+            f"note: the manifest does not list {len(others)} shards that lie there, such as {others[0]}; run the "
+            "--append that made them again, or delete them"
+        )
 
 
 def preview(args: argparse.Namespace) -> None:
@@ -251,17 +313,11 @@ def report(args: argparse.Namespace) -> None:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
-        if args.verify or args.stats or args.preview:
-            report(args)
-        else:
-            extract(args)
-    except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\ninterrupted; finished shards are kept in {args.out}: {CONTINUE}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    reports = args.verify or args.stats or args.preview
+    with told_when_stopped(None if reports else args.out):
+        (report if reports else extract)(args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a launcher stops its processes with SIGTERM
+    interrupt_on_sigterm()
     main()

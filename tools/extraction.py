@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from switchdit.data.image_pixels import read_images
-from switchdit.data.image_source import ImageSource
+from switchdit.data.image_source import UNCONDITIONAL, ImageSource
+from switchdit.data.latent_conflicts import changed_shards, check_same_plan, check_same_settings, check_unchanged
+from switchdit.data.latent_dataset import LatentDataset
 from switchdit.data.latent_shards import (
     CONTINUE,
+    MANIFEST,
     Plan,
-    check_same_plan,
-    check_same_settings,
     digest_of,
     finished_shard,
     shard_ranges,
-    shard_source,
-    to_float16,
     write_manifest,
     write_shard,
 )
@@ -62,9 +61,26 @@ def draw_samples(moments: np.ndarray, positions: list[int], first_shard: int) ->
     return (mean + std * np.stack(noise))[:, :, None]
 
 
+def to_float16(moments: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Cast float32 moments (n, ...) of the images ``names`` to float16; `UserError` naming one that does not fit."""
+    with np.errstate(over="ignore"):
+        half = moments.astype(np.float16)
+    finite = np.isfinite(half).reshape(len(half), -1).all(axis=1)
+    if not finite.all():
+        name = names[int(np.argmin(finite))]
+        raise UserError(
+            f"the latents of {name} exceed float16 (65504) or are not numbers; "
+            "is the autoencoder sound, and --dtype float32?"
+        )
+    return half
+
+
 @dataclass
 class Job:
-    """One extraction, as every process of it sees it."""
+    """One extraction, as every process of it sees it.
+
+    known: the manifest that is there tells of these images beside others; it is kept, and corrected in the end.
+    """
 
     source: ImageSource
     out: Path
@@ -72,12 +88,14 @@ class Job:
     skip_bad: bool
     rank: int
     world_size: int
+    known: bool = False
 
     def __post_init__(self):
-        ranges = shard_ranges(len(self.source.names), self.plan.shard_size)
+        source = self.source
+        ranges = shard_ranges(len(source.names), self.plan.shard_size)
         self.shards = {self.plan.first_shard + i: files for i, files in enumerate(ranges)}
         self.digests = {
-            i: digest_of(self.source.names[r.start : r.stop], self.source.sizes[r.start : r.stop])
+            i: digest_of(*(column[r.start : r.stop] for column in (source.names, source.sizes, source.stamps)))
             for i, r in self.shards.items()
         }
 
@@ -112,6 +130,8 @@ def encode_shards(job: Job, shards: list[int], autoencoder: Autoencoder, batch_s
                     with contextlib.suppress(FileNotFoundError):  # a process that failed removed the empty folder
                         job.sign_of_life.write_text(f"{bar.n}\n")
             bar.update(len(skipped))
+            if not job.known and not job.plan.first_shard:  # the manifest tells of the shard that this one replaces
+                (job.out / MANIFEST).unlink(missing_ok=True)
             write_shard(job.out, index, latents[:num], job.plan, job.digests[index], skipped)
 
 
@@ -164,7 +184,7 @@ def finish(
     """Write labels, names and manifest of the complete set of shards, after those of ``earlier``; return it."""
     source = job.source
     class_names = list(earlier["class_names"]) if earlier else []
-    class_names += [name for name in source.class_names if name not in set(class_names)]
+    class_names += new_classes(source, class_names)
     ids = {name: label for label, name in enumerate(class_names)}
     skipped = {name for sidecar in sidecars for name in sidecar["skipped"]}
     kept = [i for i, name in enumerate(source.names) if name not in skipped]
@@ -173,8 +193,6 @@ def finish(
     labels = np.array([ids[source.class_names[source.labels[i]]] for i in kept])
     names = [source.names[i] for i in kept]
     if earlier:
-        from switchdit.data.latent_dataset import LatentDataset
-
         data = LatentDataset(job.out)
         labels, names = np.concatenate([data.labels, labels]), [*data.names, *names]
     return write_manifest(job.out, job.plan, sidecars, labels, names, class_names, vae, earlier)
@@ -183,23 +201,59 @@ def finish(
 # ---------------------------------------------------------------------------------- beside what is there already
 
 
-def job_for(job: Job, there: dict[str, Any] | None, append: bool) -> tuple[Job, bool]:
-    """The job with the place of its shards, and whether the manifest ``there`` knows its images already."""
-    if not there or (len(there["sources"]) == 1 and not append):
+def job_for(job: Job, there: dict[str, Any] | None, append: bool) -> Job:
+    """The job with the place of its shards beside those of the manifest ``there``, and whether that knows its images.
+
+    Raises `UserError` when images would be stored twice or overwritten, or do not belong together.
+    """
+    if not there:
         check_same_plan(job.out, job.plan)
-        return job, False
+        return job
     check_same_settings(job.out, there, job.plan)
+    alone, same_names = len(there["sources"]) == 1 and not append, []
     for entry in there["sources"]:
         if (entry["images"], entry["num_files"]) == (job.plan.images, job.plan.num_files):
             plan = replace(job.plan, first_shard=entry["first_shard"], shard_size=entry["shard_size"])
-            known = replace(job, plan=plan, skip_bad=True)
-            if all(shard_source(job.out, index) in (None, known.digests[index]) for index in known.shards):
-                return known, True
-    if not append:
-        raise UserError(
-            f"{job.out} holds images of {len(there['sources'])} extractions, but not those of {job.source.root} as "
-            "they are now; pass --append to add them, or choose another output folder"
-        )
+            same_names.append(replace(job, plan=plan, skip_bad=True, known=True))
+    for known in same_names:
+        if not changed_shards(job.out, known.digests):
+            if alone:
+                check_same_plan(job.out, job.plan)
+            return job if alone else known
+    for known in same_names:
+        check_unchanged(job.out, known.digests)
+    check_addition(job, append)
     job = replace(job, plan=replace(job.plan, first_shard=len(there["shards"])))
     check_same_plan(job.out, job.plan)
-    return job, False
+    return job
+
+
+def check_addition(job: Job, append: bool) -> None:
+    """Raise `UserError` unless the images can be, and are to be, added to the complete data set."""
+    data, source = LatentDataset(job.out), job.source
+    there = set(zip((data.class_names[label] for label in data.labels), data.names, strict=True))
+    ours = zip((source.class_names[label] for label in source.labels), source.names, strict=True)
+    twice = [name for label, name in ours if (label, name) in there]
+    if twice:
+        raise UserError(
+            f"{len(twice)} of the {len(source.names)} images of {source.root} are in {job.out} already by class and "
+            f"name, such as {twice[0]!r}; put the new images, under new names, into a folder of their own and --append "
+            "that, or choose another output folder"
+        )
+    if not append:
+        raise UserError(
+            f"{job.out} holds {len(data)} images, but not those of {source.root} as they are now; pass --append to "
+            "add them, or choose another output folder"
+        )
+    if ([UNCONDITIONAL] == source.class_names) != ([UNCONDITIONAL] == data.class_names):
+        without, other = (source.root, job.out) if [UNCONDITIONAL] == source.class_names else (job.out, source.root)
+        raise UserError(
+            f"the images of {without} have no classes, those of {other} have; the classes of DATA come from its "
+            "folders, or from --labels"
+        )
+
+
+def new_classes(source: ImageSource, there: Sequence[str]) -> list[str]:
+    """Names of the classes of ``source`` that are not among those ``there``."""
+    known = set(there)
+    return [name for name in source.class_names if name not in known]

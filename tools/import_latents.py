@@ -16,7 +16,6 @@ An interrupted import is continued by the same command.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,11 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from switchdit.data.latent_conflicts import check_same_plan, check_unchanged
 from switchdit.data.latent_dataset import UNKNOWN
 from switchdit.data.latent_shards import (
-    CONTINUE,
     MANIFEST,
     Plan,
-    check_same_plan,
     default_shard_size,
     digest_of,
     finished_shard,
@@ -41,7 +39,9 @@ from switchdit.data.latent_shards import (
     write_shard,
 )
 from switchdit.errors import UserError, exit_on_user_error
+from switchdit.files import check_writable
 from switchdit.progress import progress, say
+from tools.command_line import check_one_process, interrupt_on_sigterm, told_by_rank_0, told_when_stopped
 from tools.latent_sources import FORMATS, Source, in_chunks, open_source
 
 SD_SCALE_FACTOR, SD_DOWNSAMPLING = 0.18215, 8  # of Stable Diffusion's autoencoders
@@ -60,16 +60,14 @@ class Vae:
 
 def describe_vae(name: str, scale_factor: float | None) -> Vae:
     """From its folder; of a hub name the name, and Stable Diffusion's numbers. Raises `UserError`."""
-    from switchdit.data.autoencoder import HUB_NAME, load_autoencoder
+    from switchdit.data.autoencoder import is_hub_name, load_autoencoder
 
-    path = Path(name)
-    if path.is_dir():
-        found = load_autoencoder(path)
+    if Path(name).is_dir():
+        found = load_autoencoder(name)
         if scale_factor not in (None, found.scale_factor):
             raise UserError(f"--scale-factor is {scale_factor:g}, but that of --vae {name} is {found.scale_factor:g}")
         return Vae(found.identity, found.scale_factor, found.latent_channels, found.downsampling)
-    # "runs/vae" has the form of a hub name too: where there is a folder "runs" it is a path.
-    if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise UserError(f"--vae {name} is neither a folder nor a hub name such as stabilityai/sd-vae-ft-ema")
     return Vae({"name": name, "sha256": UNKNOWN}, scale_factor or SD_SCALE_FACTOR, None, SD_DOWNSAMPLING)
 
@@ -102,6 +100,7 @@ def make_plan(source: Source, vae: Vae, image_size: int | None, shard_size: int 
         transform=f"imported from {source.format}",
         flip=False,
         stored=source.stored,
+        vae_name=vae.identity["name"] if vae.identity["sha256"] == UNKNOWN else None,
     )
 
 
@@ -143,7 +142,10 @@ def import_latents(args: argparse.Namespace) -> None:
     plan = make_plan(source, vae, args.image_size, args.shard_size)
     check_same_plan(args.out, plan)
     shards = shard_ranges(len(source.names), plan.shard_size)
-    digests = [digest_of(source.names[r.start : r.stop], source.sizes[r.start : r.stop]) for r in shards]
+    columns = (source.names, source.sizes, source.stamps)
+    digests = [digest_of(*(column[r.start : r.stop] for column in columns)) for r in shards]
+    if (args.out / MANIFEST).is_file():
+        check_unchanged(args.out, dict(enumerate(digests)))
     sidecars = [finished_shard(args.out, i, plan, digest, False) for i, digest in enumerate(digests)]
     missing = [i for i, sidecar in enumerate(sidecars) if sidecar is None]
     say(
@@ -151,12 +153,12 @@ def import_latents(args: argparse.Namespace) -> None:
         f"from {source.where} ({source.format}) to {args.out}: {len(shards)} shards"
         + (f", {len(shards) - len(missing)} of them already there" if len(missing) < len(shards) else "")
     )
-    if missing:
-        (args.out / MANIFEST).unlink(missing_ok=True)  # until it is true again
     total = sum(len(shards[i]) for i in missing)
     with progress(desc="importing", total=total, unit="image") as bar:
         for i in missing:
-            sidecars[i] = write_shard(args.out, i, read_shard(source, shards[i], plan, bar), plan, digests[i])
+            moments = read_shard(source, shards[i], plan, bar)
+            (args.out / MANIFEST).unlink(missing_ok=True)  # until it is true again
+            sidecars[i] = write_shard(args.out, i, moments, plan, digests[i])
     classes = [str(c) for c in range(num_classes)]
     write_manifest(args.out, plan, sidecars, source.labels, source.names, classes, vae.identity)
     say(f"wrote {args.out / MANIFEST}: {len(source.names)} images, {total} of them imported now")
@@ -181,7 +183,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num-classes", type=int, help="default: the highest label and one")
     parser.add_argument("--shard-size", type=int, help="images in a shard file (default: as many as make 256 MB)")
-    args = parser.parse_args(argv)
+    args = told_by_rank_0(parser).parse_args(argv)
+    check_one_process("tools/import_latents.py")
     for option in ("image_size", "scale_factor", "num_classes", "shard_size"):
         value = getattr(args, option)
         if value is not None and not 0 < value < float("inf"):
@@ -191,18 +194,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--out {args.out} lies in --from {args.source}; its files would be taken for latents later")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {args.out} is a file, not a folder")
+    check_writable(args.out, "--out")
     return args
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with told_when_stopped(args.out):
         import_latents(args)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished shards are kept in {args.out}: {CONTINUE}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     main()

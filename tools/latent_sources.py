@@ -48,15 +48,17 @@ DAMAGED = (
 class Source:
     """Latents to import.
 
-    where: the folder or file, for messages. names, sizes (bytes) and labels (int64) of the N files, in order. stored:
-    "moments" for files (2C, h, w), "sample" for files (1, C, h, w). scaled: by the autoencoder's factor. read: the
-    float32 values of the i-th file, of the shape of the first; `UserError` where it holds anything else.
+    where: the folder or file, for messages. names, sizes (bytes), stamps and labels (int64) of the N files, in order.
+    A stamp changes when the file is replaced: its time of modification in whole seconds or, in a zip, its CRC32.
+    stored: "moments" for files (2C, h, w), "sample" for files (1, C, h, w). scaled: by the autoencoder's factor. read:
+    the float32 values of the i-th file, of the shape of the first; `UserError` where it holds anything else.
     """
 
     format: str
     where: Path
     names: list[str]
     sizes: list[int]
+    stamps: list[int]
     labels: np.ndarray
     latent_shape: tuple[int, int, int]
     stored: str
@@ -99,12 +101,12 @@ def open_fast_dit(path: Path) -> Source:
     labels = features[0].with_name(features[0].name.removesuffix("_features") + "_labels")
     if not labels.is_dir():
         raise UserError(f"--from {path} holds {features[0].name}, but no folder {labels.name} beside it")
-    sizes, label_sizes = list_files(features[0]), list_files(labels)
-    for folder, names in ((features[0], sizes), (labels, label_sizes)):
+    found, label_files = list_files(features[0]), list_files(labels)
+    for folder, names in ((features[0], found), (labels, label_files)):
         if odd := next((name for name in names if not NUMBERED.fullmatch(name)), None):
             raise UserError(f"{folder} holds {shown(odd)}; expected are files named 0.npy, 1.npy, ...")
-    check_same_names(features[0], sizes, labels, label_sizes)
-    names = sorted(sizes, key=lambda name: (int(name.removesuffix(".npy")), name))
+    check_same_names(features[0], found, labels, label_files)
+    names = sorted(found, key=lambda name: (int(name.removesuffix(".npy")), name))
 
     def is_label(dtype: np.dtype, shape: tuple[int, ...]) -> bool:
         return dtype in (np.int64, np.int32) and shape == (1,)
@@ -124,7 +126,7 @@ def open_fast_dit(path: Path) -> Source:
         "fast-dit",
         path,
         [f"{features[0].name}/{name}" for name in names],
-        [sizes[name] for name in names],
+        [found[name] for name in names],
         classes,
         lambda name: read_file(path / name),
     )
@@ -134,16 +136,16 @@ def open_fast_dit(path: Path) -> Source:
 
 
 def open_edm2(path: Path) -> Source:
-    sizes, read = list_archive(path) if path.is_file() else (list_files(path), lambda name: read_file(path / name))
+    found, read = list_archive(path) if path.is_file() else (list_files(path), lambda name: read_file(path / name))
     if path.is_dir() and not (path / DATASET_JSON).is_file():
         raise UserError(f"--from {path} holds no {DATASET_JSON}")
     labels = parse_dataset_json(read(DATASET_JSON), path / DATASET_JSON)
     if labels is None:
-        labels = dict.fromkeys(sizes, 0)
-    check_same_names(path, sizes, path / DATASET_JSON, labels)
-    names = sorted(sizes)
+        labels = dict.fromkeys(found, 0)
+    check_same_names(path, found, path / DATASET_JSON, labels)
+    names = sorted(found)
     classes = np.array([labels[name] for name in names], np.int64)
-    return make_source("edm2", path, names, [sizes[name] for name in names], classes, read)
+    return make_source("edm2", path, names, [found[name] for name in names], classes, read)
 
 
 def parse_dataset_json(content: bytes, where: Path) -> dict[str, int] | None:
@@ -168,8 +170,8 @@ def parse_dataset_json(content: bytes, where: Path) -> dict[str, int] | None:
     return found
 
 
-def list_archive(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
-    """Sizes of the .npy files in a zip file by name, and what reads one of its files."""
+def list_archive(path: Path) -> tuple[dict[str, tuple[int, int]], Callable[[str], bytes]]:
+    """Sizes and CRC32s of the .npy files in a zip file by name, and what reads one of its files."""
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGED as problem:
@@ -191,15 +193,15 @@ def list_archive(path: Path) -> tuple[dict[str, int], Callable[[str], bytes]]:
             raise UserError(f"{path}: {shown(name)} is larger than {limit} bytes")
         return content
 
-    return {name: info.file_size for name, info in members.items() if name.endswith(".npy")}, read
+    return {name: (info.file_size, info.CRC) for name, info in members.items() if name.endswith(".npy")}, read
 
 
 # ---------------------------------------------------------------------------------------------- files, checks
 
 
-def list_files(root: Path) -> dict[str, int]:
-    """Sizes of all .npy files below a folder by their names relative to it; links to folders are not followed."""
-    sizes: dict[str, int] = {}
+def list_files(root: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times (s) of all .npy files below a folder by their names in it; links to folders are not followed."""
+    found: dict[str, tuple[int, int]] = {}
     for parent, _, files in os.walk(root):
         for file in files:
             if file.endswith(".npy") and not file.startswith("."):
@@ -207,8 +209,8 @@ def list_files(root: Path) -> dict[str, int]:
                 about = path.stat() if path.exists() else None
                 if about is None or not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
                     raise UserError(f"{path} is no file")
-                sizes[os.path.relpath(path, root).replace(os.sep, "/")] = about.st_size
-    return sizes
+                found[os.path.relpath(path, root).replace(os.sep, "/")] = about.st_size, int(about.st_mtime)
+    return found
 
 
 def read_file(path: Path) -> bytes:
@@ -285,10 +287,16 @@ LAYOUTS = {
 
 
 def make_source(
-    format: str, where: Path, names: list[str], sizes: list[int], labels: np.ndarray, read: Callable[[str], bytes]
+    format: str,
+    where: Path,
+    names: list[str],
+    found: list[tuple[int, int]],
+    labels: np.ndarray,
+    read: Callable[[str], bytes],
 ) -> Source:
-    """A source whose files are all as the first."""
+    """A source whose files are all as the first. found: size and stamp of each."""
     layout = LAYOUTS[format]
+    sizes, stamps = map(list, zip(*found, strict=True))
 
     def plausible(dtype: np.dtype, shape: tuple[int, ...]) -> bool:
         rank = len(layout.in_file(1, 1, 1))
@@ -303,7 +311,7 @@ def make_source(
         return parse(read(names[i]), where / names[i], as_first, lambda *found: found == (first.dtype, first.shape))
 
     shape = layout.of_latent(first.shape)
-    return Source(format, where, names, sizes, labels, shape, layout.stored, layout.scaled, values)
+    return Source(format, where, names, sizes, stamps, labels, shape, layout.stored, layout.scaled, values)
 
 
 FORMATS = {"fast-dit": open_fast_dit, "edm2": open_edm2}

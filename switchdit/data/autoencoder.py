@@ -129,12 +129,16 @@ def load_autoencoder(
     )
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether ``owner/model`` is meant, and not a path: where there is a folder "runs", "runs/vae" is one."""
+    path = Path(name)
+    return HUB_NAME.fullmatch(name) is not None and not path.exists() and not path.parent.exists()
+
+
 def _fetch(name: str) -> Path:
     """The folder in the hub's cache with the config and the weights of ``owner/model``, downloaded if need be."""
-    path = Path(name)
-    # "runs/vae" has the form of a hub name too: where there is a folder "runs" it is a path.
-    if path.exists() or not HUB_NAME.fullmatch(name) or path.parent.exists():
-        fault = "is a file, not a folder" if path.exists() else "does not exist"
+    if not is_hub_name(name):
+        fault = "is a file, not a folder" if Path(name).exists() else "does not exist"
         raise UserError(
             f"autoencoder {name} {fault}; give a folder with {CONFIG} and {WEIGHTS}, "
             "or a hub name such as stabilityai/sd-vae-ft-ema"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,15 @@ import numpy as np
 
 import switchdit
 from switchdit.data.manifest_fields import LABELS_FILE, MANIFEST_FIELDS, NAMES_FILE, SIDECAR_FIELDS, STORED, fault_in
+from switchdit.data.npy_header import write_npy
 from switchdit.errors import UserError
 from switchdit.files import atomic_write, sha256_of, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 28
-# fields of a plan that all images of a data set share, and that its manifest tells
-SETTINGS = ("vae_sha256", "image_size", "latent_shape", "encoder_dtype", "transform", "flip", "stored", "scale_factor")
 CONTINUE = "run the same extraction command again to continue"
+IN_ORDER = "run the first extraction and every --append again in their order: their shards are kept"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Plan:
     flip: bool = True
     stored: str = "moments"
     first_shard: int = 0  # above 0 for images appended to a complete data set
+    vae_name: str | None = None  # of an autoencoder that is known by its name alone
     format_version: int = FORMAT_VERSION
 
     @property
@@ -69,7 +70,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as it looks after a round trip through a JSON file."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+        content = {**asdict(self), "latent_shape": list(self.latent_shape)}
+        return {key: value for key, value in content.items() if value is not None}
 
 
 def image_shape(latent_shape: Sequence[int], flip: bool, stored: str) -> tuple[int, ...]:
@@ -82,11 +84,10 @@ def default_shard_size(shape: Sequence[int]) -> int:
     return max(1, SHARD_BYTES // (2 * math.prod(shape)))
 
 
-def digest_of(names: Sequence[str], sizes: Sequence[int] = ()) -> str:
-    """SHA-256 of a list of file names, and of the files' sizes in bytes where given."""
-    if sizes:
-        names = [f"{name}\0{size}" for name, size in zip(names, sizes, strict=True)]
-    return hashlib.sha256("".join(f"{name}\0" for name in names).encode("utf-8", "surrogateescape")).hexdigest()
+def digest_of(names: Sequence[str], *numbers: Sequence[int]) -> str:
+    """SHA-256 of a list of file names and, where given, of numbers of each file, such as its size."""
+    rows = ("\0".join(map(str, row)) for row in zip(names, *numbers, strict=True))
+    return hashlib.sha256("".join(f"{row}\0" for row in rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def shard_ranges(num_files: int, shard_size: int) -> list[range]:
@@ -107,71 +108,20 @@ def sidecar_path(out: Path, index: int) -> Path:
     return (out / shard_name(index)).with_suffix(".json")
 
 
-def to_float16(moments: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Cast float32 moments (n, ...) of the images ``names`` to float16; `UserError` naming one that does not fit."""
-    with np.errstate(over="ignore"):
-        half = moments.astype(np.float16)
-    finite = np.isfinite(half).reshape(len(half), -1).all(axis=1)
-    if not finite.all():
-        name = names[int(np.argmin(finite))]
-        raise UserError(
-            f"the latents of {name} exceed float16 (65504) or are not numbers; "
-            "is the autoencoder sound, and --dtype float32?"
-        )
-    return half
-
-
-def check_same_plan(out: Path, plan: Plan) -> None:
-    """Raise `UserError` naming what differs when ``out`` holds shards of another plan in the place of this one's."""
-    wanted = plan.as_json()
-    last = plan.first_shard + len(shard_ranges(plan.num_files, plan.shard_size))
-    for path in sorted(out.glob("shard_*.json")):
-        found = _read_json(path).get("plan")
-        if not isinstance(found, dict):
-            continue  # `finished_shard` tells what is wrong with it
-        here = found.get("first_shard") == plan.first_shard
-        if not here and path.name not in {sidecar_path(out, index).name for index in range(plan.first_shard, last)}:
-            continue
-        differing = _differing(found, wanted, wanted)
-        if differing and plan.first_shard:
-            raise UserError(
-                f"{out} holds an unfinished --append of another kind ({differing}); finish it, or delete "
-                f"{shard_name(plan.first_shard)} and all shards after it"
-            )
-        if differing:
-            raise UserError(
-                f"{out} holds latents of another extraction ({differing}); choose another output folder or delete "
-                "that one"
-            )
-
-
-def check_same_settings(out: Path, manifest: dict[str, Any], plan: Plan) -> None:
-    """Raise `UserError` naming what differs between a complete data set and the plan of what is to be added to it."""
-    found = {**manifest, "vae_sha256": manifest["vae"]["sha256"]}
-    differing = _differing(found, plan.as_json(), SETTINGS)
-    if differing:
-        raise UserError(f"{out} holds latents made in another way ({differing}); new ones must be made as those are")
-
-
-def _differing(found: dict[str, Any], wanted: dict[str, Any], keys: Iterable[str]) -> str:
-    return "; ".join(
-        f"{key} {found.get(key)} there, {wanted[key]} now" for key in keys if found.get(key) != wanted[key]
-    )
-
-
 def finished_shard(out: Path, index: int, plan: Plan, source: str, skip_bad: bool) -> dict[str, Any] | None:
     """The sidecar of a shard that is whole and still valid, or None when it is to be made (again).
 
-    source: `digest_of` the shard's files with their sizes, so an image that was replaced since is noticed. A shard
-    with skipped images counts only when ``skip_bad`` holds now too. Raises `UserError` for a damaged sidecar.
+    source: `digest_of` the shard's files with their sizes and stamps, so an image that was replaced since is noticed.
+    A shard with skipped images counts only when ``skip_bad`` holds now too. Raises `UserError` for a damaged sidecar.
     """
     path = sidecar_path(out, index)
     if not path.is_file():
         return None
-    sidecar = _read_json(path)
-    if sidecar.get("plan") != plan.as_json() or sidecar.get("source") != source:
-        return None
-    fault = fault_in(sidecar, SIDECAR_FIELDS)
+    sidecar, fault = _read_json(path)
+    if fault is None:
+        if sidecar.get("plan") != plan.as_json() or sidecar.get("source") != source:
+            return None
+        fault = fault_in(sidecar, SIDECAR_FIELDS)
     if fault is None:
         begin = (index - plan.first_shard) * plan.shard_size
         expected = min(plan.shard_size, plan.num_files - begin)
@@ -187,7 +137,19 @@ def finished_shard(out: Path, index: int, plan: Plan, source: str, skip_bad: boo
 
 def shard_source(out: Path, index: int) -> str | None:
     """From which files the shard was made, as its sidecar says; None where there is none."""
-    return _read_json(sidecar_path(out, index)).get("source")
+    return _read_json(sidecar_path(out, index))[0].get("source")
+
+
+def plans_there(out: Path) -> dict[str, dict[str, Any]]:
+    """The plans of the shards in a folder by the names of their sidecars; damaged ones are left out."""
+    plans = {path.name: _read_json(path)[0].get("plan") for path in sorted(out.glob("shard_*.json"))}
+    return {name: plan for name, plan in plans.items() if isinstance(plan, dict)}
+
+
+def how_to_complete(out: Path) -> str:
+    """What to do about a data set whose manifest is missing or has to be deleted."""
+    appended = any(plan.get("first_shard") != 0 for plan in plans_there(out).values())
+    return IN_ORDER if appended else CONTINUE
 
 
 def write_shard(
@@ -203,7 +165,7 @@ def write_shard(
     remove_leftovers(out, shard.name, sidecar.name)
     sidecar.unlink(missing_ok=True)  # of an earlier, no longer valid shard
     with atomic_write(shard) as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(moments), allow_pickle=False)
+        write_npy(file, moments)
     content = {
         "file": shard.name,
         "num": len(moments),
@@ -239,7 +201,7 @@ def write_manifest(
     labels_path, names_path = out / f"labels_{number}.npy", out / f"names_{number}.json"
     remove_leftovers(out, labels_path.name, names_path.name, MANIFEST)
     with atomic_write(labels_path) as file:
-        np.lib.format.write_array(file, labels.astype(np.int64), allow_pickle=False)
+        write_npy(file, labels.astype(np.int64))
     with atomic_write(names_path) as file:
         file.write(json.dumps(list(names)).encode())
     source = {key: getattr(plan, key) for key in ("images", "num_files", "first_shard", "shard_size")}
@@ -297,9 +259,27 @@ def damaged_list(out: Path, manifest: dict[str, Any]) -> Path | None:
     """The first of the files of labels and names that is missing or not what the manifest says."""
     for entry in (manifest["labels"], manifest["names"]):
         path = out / entry["file"]
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+        try:
+            if not path.is_file() or sha256_of(path) != entry["sha256"]:
+                return path
+        except OSError as problem:
+            raise UserError(f"{path} cannot be read: {problem.strerror}") from problem
+    return None
+
+
+def damaged_shard(out: Path, manifest: dict[str, Any]) -> Path | None:
+    """The first of the shards that is missing or has not the size that the manifest says."""
+    for entry in manifest["shards"]:
+        path = out / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return path
     return None
+
+
+def unlisted_shards(out: Path, manifest: dict[str, Any]) -> list[str]:
+    """Names of shards that lie in the folder and are not part of the data set."""
+    listed = {entry["file"] for entry in manifest["shards"]}
+    return sorted(path.name for path in out.glob("shard_*.npy") if path.name not in listed)
 
 
 def remove_outdated(out: Path, manifest: dict[str, Any]) -> None:
@@ -317,16 +297,16 @@ def read_manifest(out: Path) -> dict[str, Any]:
         raise UserError(f"there is no folder {out}; make it with tools/extract_latents.py --out {out}")
     if not path.is_file():
         if any(out.glob("shard_*")):
-            raise UserError(f"the extraction into {out} is not complete (no {MANIFEST}): {CONTINUE}")
+            raise UserError(f"the extraction into {out} is not complete (no {MANIFEST}): {how_to_complete(out)}")
         raise UserError(f"{out} holds no extracted latents (no {MANIFEST}); make them with tools/extract_latents.py")
-    manifest = _read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
+    manifest, fault = _read_json(path)
+    if fault is None and manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
-    fault = _fault_of(manifest)
+    fault = fault or _fault_of(manifest)
     if fault:
-        raise UserError(f"{path} is damaged: {fault}; delete it, then {CONTINUE}")
+        raise UserError(f"{path} is damaged: {fault}; delete it, then {how_to_complete(out)}")
     return manifest
 
 
@@ -337,17 +317,20 @@ def remove_leftovers(out: Path, *names: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when the file is gone, since another process may be making that shard again."""
+def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A JSON object, and what is wrong with the file, or None. `UserError` when it may not be read.
+
+    The object is empty when the file is damaged, or gone, since another process may be making that shard again.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return {}, None
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read: {problem.strerror}") from problem
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path} is damaged: not JSON ({problem})") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return content
+        return {}, f"not JSON ({problem})"
+    return (content, None) if isinstance(content, dict) else ({}, "not a JSON object")
 
 
 def _fault_of(manifest: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""The head of a .npy file, read strictly: what numpy writes, and nothing else.
+"""The head of a .npy file, read strictly: what numpy writes, and nothing else. And such a file, written.
 
 numpy's own reader evaluates the head as Python, which is slow for a million small files and answers damage with any of
 a dozen exceptions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -59,3 +60,10 @@ def parse_npy_header(start: bytes) -> NpyHeader:
     except TypeError as problem:
         raise ValueError(f"its type {descr.decode()} is unknown") from problem
     return NpyHeader(dtype, tuple(int(side) for side in shape.split(b",") if side.strip()), length)
+
+
+def write_npy(file: IO[bytes], array: np.ndarray) -> None:
+    """The bytes of `numpy.save`, whose error on a full disk does not tell that it is full."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.reshape(-1).view(np.uint8).data)
