@@ -1,4 +1,4 @@
-"""What the programs around latents share at the command line: mistakes told once, signals told truly."""
+"""What tools that a launcher may start share at the command line: mistakes told once, signals told truly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from switchdit.data.latent_shards import CONTINUE
 from switchdit.errors import UserError
 
 
@@ -36,6 +35,8 @@ def told_when_stopped(out: Path | None) -> Iterator[None]:
     A launcher ends its processes with SIGTERM, also where the mistake of another is the reason, which that one tells.
     out: the folder that keeps finished shards, if there is one.
     """
+    from switchdit.data.latent_shards import CONTINUE
+
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import check_writable, write_json
+from tools.command_line import told_by_rank_0
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,11 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where features are kept, instead of features/ there")
     parser.add_argument("--no-cache", action="store_true", help="neither look for kept features nor keep them")
     parser.add_argument("--cache-samples", action="store_true", help="keep the features of SAMPLES, too")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
-    if os.environ.get("RANK", "0") != "0":
-        parser.error = lambda message: sys.exit(2)  # rank 0 says it
-        parser.print_help = lambda *_: None
-    args = parser.parse_args(argv)
+    args = told_by_rank_0(parser).parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["tools/eval_fid.py", *(part for part in given if not part.startswith("--local_rank"))])
     return args
