@@ -19,7 +19,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
-    size = ["--steps", STEPS, "--autoencoder-steps", 200, "--num-samples", 100]
+    size = ["--steps", STEPS, "--autoencoder-steps", 100, "--num-samples", 100]
     command = [sys.executable, "tools/demo.py", "--run-dir", folder / "run", "--data-dir", folder / "data", *size]
     done = subprocess.run(
         [str(c) for c in command],

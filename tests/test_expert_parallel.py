@@ -23,8 +23,14 @@ def results(tmp_path_factory):
     return of
 
 
+def slow(ep_size: int) -> list[pytest.MarkDecorator]:
+    """Data parallelism alone is also what test_train.py tries, with more or fewer processes."""
+    return [pytest.mark.slow] if ep_size == 1 else []
+
+
 @pytest.mark.parametrize(
-    ("num_processes", "ep_size"), [pytest.param(n, e, marks=pytest.mark.world_size(n)) for n, e in TOPOLOGIES]
+    ("num_processes", "ep_size"),
+    [pytest.param(n, e, marks=[pytest.mark.world_size(n), *slow(e)]) for n, e in TOPOLOGIES],
 )
 def test_same_as_one_process(results, num_processes, ep_size):
     one, many = results(1, 1), results(num_processes, ep_size)
