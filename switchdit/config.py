@@ -17,6 +17,7 @@ from switchdit.errors import UserError, nearest
 
 PROCESSES = ("gaussian", "rectified_flow")
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "rectified_flow": ("euler",)}
+DISPATCHES = ("auto", "samples", "weights")
 AUXILIARIES = ("none", "load_balancing", "diffusion_prior")
 WEIGHTINGS = ("constant", "min_snr", "p2", "uncertainty")
 
@@ -113,12 +114,21 @@ class TrainConfig:
     decay_steps: int = 0
     max_grad_norm: float = 0.0  # 0: no clipping
     ema_decay: float = 0.9999
+    activation_checkpointing: int = 0  # recompute every n-th block in the backward pass; 0: none, 1: all
 
     def __post_init__(self):
         for name in ("steps", "global_batch", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "at least 1")
-        for name in ("seed", "weight_decay", "warmup_steps", "decay_steps", "max_grad_norm"):
+        at_least_0 = (
+            "seed",
+            "weight_decay",
+            "warmup_steps",
+            "decay_steps",
+            "max_grad_norm",
+            "activation_checkpointing",
+        )
+        for name in at_least_0:
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
         _require(self.seed < 2**32, "train.seed", self.seed, "below 2^32")
         for name in ("lr", "eps"):
@@ -135,11 +145,26 @@ class TrainConfig:
 
 
 @dataclass
+class MoeConfig:
+    """dispatch: what travels with ep_size > 1: samples to the experts, the experts' weights to the samples, or auto."""
+
+    dispatch: str = "auto"
+
+    def __post_init__(self):
+        _one_of("moe.dispatch", self.dispatch, DISPATCHES)
+
+
+@dataclass
 class MonitorConfig:
-    """Every how many steps; 0 switches the thing off. sample_every and sample_classes need data.vae at hand."""
+    """Every how many steps; 0 switches the thing off. sample_every and sample_classes need data.vae at hand.
+
+    keep_last: checkpoints to keep, 0 for all. keep_every: those of every n-th step are kept besides, 0 for none.
+    """
 
     log_every: int = 100
     checkpoint_every: int = 10_000
+    keep_last: int = 0
+    keep_every: int = 0
     sample_every: int = 0
     routing_every: int = 1_000
     sample_classes: int = 10
@@ -148,6 +173,28 @@ class MonitorConfig:
         for f in dataclasses.fields(self):
             _require(getattr(self, f.name) >= 0, f"monitor.{f.name}", getattr(self, f.name), "at least 0")
         _require(self.log_every >= 1, "monitor.log_every", self.log_every, "at least 1")
+
+
+@dataclass
+class FaultsConfig:
+    """When a run is in trouble; 0 switches a check off.
+
+    max_skipped_steps: in a row, for a loss or gradient that is not finite; then the run stops.
+    hash_every: steps between comparisons of the parameters over all processes.
+    spike_sigma: a step whose loss lies this many standard deviations above the recent mean is written down.
+    hang_timeout, peer_timeout: seconds without progress of a process, or without a sign of life, until all others end.
+    """
+
+    max_skipped_steps: int = 20
+    hash_every: int = 100
+    spike_sigma: float = 6.0
+    hang_timeout: float = 600.0
+    peer_timeout: float = 60.0
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            _require(getattr(self, f.name) >= 0, f"faults.{f.name}", getattr(self, f.name), "at least 0")
+        _require(self.max_skipped_steps >= 1, "faults.max_skipped_steps", self.max_skipped_steps, "at least 1")
 
 
 @dataclass
@@ -189,7 +236,9 @@ class Config:
     train: TrainConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
