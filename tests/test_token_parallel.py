@@ -1,4 +1,7 @@
-"""Token experts on other processes change nothing: losses, gradients, parameters, checkpoints, uneven batches."""
+"""Token experts on other processes change nothing with Adam, in checkpoints, and for uneven batches in evaluation.
+
+All other ways to train: test_gradient_parity.py
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,6 @@ from launching import WORKERS, launched
 
 TOPOLOGIES = [(2, 1), (2, 2), (4, 2)]
 TOLERANCE = 1e-5  # float32, relative to the largest entry of a tensor
-EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"
 
 
 def slow(num_processes: int) -> list[pytest.MarkDecorator]:
@@ -49,7 +51,7 @@ def worst_errors(ours: dict, expected: dict, cases: tuple[str, ...]) -> dict[str
 )
 def test_same_as_one_process(results, num_processes, ep_size):
     one, many = results(1, 1), results(num_processes, ep_size)
-    worst = worst_errors(many, one, ("adam", "idle", "empty", "uneven"))
+    worst = worst_errors(many, one, ("adam", "uneven"))
     assert all(error < TOLERANCE for error in worst.values()), worst
     assert many["saved/differs"] == 0
     for name in (n for n in one if n.startswith("initial/")):
@@ -63,13 +65,9 @@ def test_load_balance_loss_of_the_same_micro_batches(results):
     assert all(error < TOLERANCE for error in worst.values()), worst
 
 
-def test_the_cases_are_what_they_claim(results):
+def test_the_load_balance_loss_reaches_the_gates(results):
     one = results(1, 1)
     for block in range(2):
-        for case, idle in (("adam", ()), ("idle", (2,)), ("empty", (2, 3))):
-            for j in range(4):
-                gradient = np.abs(one[f"{case}/grad/blocks.{block}.{EXPERTS}.{j}.up_proj.weight"]).max()
-                assert (gradient == 0) == (j in idle), (case, block, j)
         gates = f"grad/blocks.{block}.moe.deepspeed_moe.gate.wg.weight"
         assert np.abs(one[f"balance/{gates}"] - one[f"adam/{gates}"]).max() > 1e-6
     assert one["adam/losses"][-1] != one["adam/losses"][0]

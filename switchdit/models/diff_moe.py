@@ -181,7 +181,7 @@ class DiffMoE(DiT):
         z, c, _ = self.embed(x, t, y, drop_label)
         rotation = rotary_table(self.hidden_size // self.num_heads, self.input_size // self.patch_size, z.device)
         routes = []
-        for block in self.blocks:
+        for block in self.block_calls():
             z, *route = block(z, c, rotation)  # (N, L, D)
             routes.append(route)
         out = self.unpatchify(self.final_layer(z, c))

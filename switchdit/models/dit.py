@@ -9,11 +9,14 @@ Parameter names are those of the published checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_frequencies(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -117,7 +120,10 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, L, D), (N, D) -> (N, L, D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        return self.modulated(x, self.adaLN_modulation(c))
+
+    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:  # (N, L, D), (N, 6 D) -> (N, L, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -140,6 +146,8 @@ class DiT(nn.Module):
     Attributes:
         class_dropout_prob: share of labels replaced by the null label in training mode; may be changed at any time.
         null_label: the label that stands for "no class", or None when the model was built without label dropout.
+        activation_checkpointing: recompute every n-th block in the backward pass; 0, as built: none. It saves memory
+            and changes no number; may be changed at any time.
     """
 
     def __init__(
@@ -165,6 +173,7 @@ class DiT(nn.Module):
         self.num_classes, self.num_timesteps = num_classes, num_timesteps
         self.class_dropout_prob = class_dropout_prob
         self.null_label = num_classes if class_dropout_prob > 0 else None
+        self.activation_checkpointing = 0
 
         grid_size = input_size // patch_size
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
@@ -208,6 +217,14 @@ class DiT(nn.Module):
         e_t = self.t_embedder(t)
         return z, e_t.to(dtype) + self.y_embedder(y), e_t
 
+    def block_calls(self) -> list[Callable]:
+        """The blocks in order; in training mode every `activation_checkpointing`-th keeps nothing but its inputs, and
+        is computed again in the backward pass."""
+        every = self.activation_checkpointing if self.training else 0
+        # nothing random happens in a block: there is no state of a generator to save
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return [partial(again, b) if every and i % every == 0 else b for i, b in enumerate(self.blocks, start=1)]
+
     def unpatchify(self, x: Tensor) -> Tensor:  # (N, L, p^2 * C_out) -> (N, C_out, H, W)
         p, grid = self.patch_size, self.input_size // self.patch_size
         x = x.unflatten(1, (grid, grid)).unflatten(-1, (p, p, self.out_channels))  # (N, g, g, p, p, C_out)
@@ -226,6 +243,6 @@ class DiT(nn.Module):
             (N, 2C, H, W): noise, then the variance's interpolation; (N, C, H, W) without learned sigma.
         """
         z, c, _ = self.embed(x, t, y, drop_label)
-        for block in self.blocks:
+        for block in self.block_calls():
             z = block(z, c)  # (N, L, D)
         return self.unpatchify(self.final_layer(z, c))

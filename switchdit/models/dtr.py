@@ -64,6 +64,6 @@ class DTR(DiT):
         """As `DiT.forward`. A fractional t takes the mask of the timestep below."""
         z, c, _ = self.embed(x, t, y, drop_label)
         mask = self.mask[t.long().clamp(max=self.num_timesteps - 1)].to(z.dtype).unsqueeze(1)
-        for block in self.blocks:
+        for block in self.block_calls():
             z = block(z, c, mask)  # (N, L, D)
         return self.unpatchify(self.final_layer(z, c))

@@ -24,6 +24,7 @@ class MultiExpertDiT(nn.Module):
         self.in_channels, self.out_channels, self.input_size = first.in_channels, first.out_channels, first.input_size
         self.num_classes, self.null_label, self.num_timesteps = first.num_classes, first.null_label, first.num_timesteps
         self.class_dropout_prob = first.class_dropout_prob
+        self.activation_checkpointing = first.activation_checkpointing
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """As `DiT.forward`. In training, a denoiser without samples has gradients of zero rather than none."""
@@ -36,6 +37,7 @@ class MultiExpertDiT(nn.Module):
             mine = (owner == i).nonzero().squeeze(1)
             if len(mine):
                 denoiser.class_dropout_prob = self.class_dropout_prob
+                denoiser.activation_checkpointing = self.activation_checkpointing
                 parts.append(denoiser(x[mine], t[mine], y[mine], None if drop_label is None else drop_label[mine]))
                 order.append(mine)
             elif self.training:  # attention kernels refuse empty batches; ZeRO's hooks need every gradient

@@ -70,15 +70,17 @@ class SwitchDiTBlock(DiTBlock):
 
     def forward(self, z: Tensor, c: Tensor, e_t: Tensor, route: Route | None = None) -> Tensor:
         """(N, L, D), (N, D), (N, D) -> (N, L, D)."""
-        mixture, _ = self.moe(z, e_t, route)
+        finish_mixture = self.moe.begin(z, e_t, route)
+        modulation = self.adaLN_modulation(c)  # has no need of the mixture, which may be on its way
+        mixture = finish_mixture()
         if self.integration == "replace":
-            return super().forward(mixture, c)
+            return self.modulated(mixture, modulation)
         routed = z * mixture
         if self.integration == "multiply":
-            return super().forward(routed, c)
+            return self.modulated(routed, modulation)
         if self.integration == "multiply_skip_one":
             routed = z + routed  # z * m with m = 1 + mixture
-        return super().forward(routed, c) + (z - routed)
+        return self.modulated(routed, modulation) + (z - routed)
 
 
 class SwitchDiT(DiT):
@@ -127,7 +129,7 @@ class SwitchDiT(DiT):
         """
         z, c, e_t = self.embed(x, t, y, drop_label)
         routes = plan_routes([block.moe for block in self.blocks], e_t, gate_noise)
-        for block, route in zip(self.blocks, routes, strict=True):
+        for block, route in zip(self.block_calls(), routes, strict=True):
             z = block(z, c, e_t, route)  # (N, L, D)
         out = self.unpatchify(self.final_layer(z, c))
         return (out, Routing(torch.cat([r.probs for r in routes], dim=1), self)) if return_routing else out

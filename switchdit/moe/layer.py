@@ -9,6 +9,9 @@ per rank, all unmodified. What differs from the stock layer: the gate sees the t
 whole samples travel, with uneven all-to-all splits; nothing has a capacity, nothing is dropped or padded, and the
 raw top-k probabilities weigh the outputs.
 
+With several expert-parallel ranks either samples travel to the experts or the experts' weights to the samples (see
+dispatch.py); the numbers are the same.
+
 This file, token_layer.py and engine/ are the only places that import deepspeed.
 """
 
@@ -18,7 +21,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from deepspeed import comm as dist
@@ -31,23 +34,10 @@ from torch import Tensor, nn
 
 from switchdit.errors import UserError
 from switchdit.kernels.expert_mix import linear_mixture
+from switchdit.moe.exchanges import Pending, begin_rows, exchange_rows
 from switchdit.moe.experts import LinearExpert, stacked
+from switchdit.moe.routes import ExpertsOnTheirWay, Route, exchange_routes
 from switchdit.moe.timestep_gate import gate_probs, top_k_gates, top_k_map
-
-
-class _AllToAllRows(torch.autograd.Function):
-    """Uneven all-to-all of dimension 0; its gradient travels the same way back."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, group, send: list[int], receive: list[int]) -> Tensor:
-        ctx.group, ctx.send, ctx.receive = group, send, receive
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _AllToAllRows.apply(grad, ctx.group, ctx.receive, ctx.send), None, None, None
 
 
 class TimestepGate(TopKGate):
@@ -86,38 +76,41 @@ class SampleExperts(Experts):
         return linear_mixture(z, weight, bias, gates)
 
 
-@dataclass
-class Route:
-    """Where the samples of one layer go.
-
-    Attributes:
-        probs: (N, M) gate probabilities of this rank's samples.
-        gates: (n, J) gates of the samples that this rank's experts will see; with ep_size 1 all of its own, (N, M).
-        sample: (K,) the samples to send, in the order of the ranks they go to; None with ep_size 1.
-        send, receive: how many go to and come from each rank.
-    """
-
-    probs: Tensor
-    gates: Tensor
-    sample: Tensor | None = None
-    send: list[int] | None = None
-    receive: list[int] | None = None
-
-
 class SampleMOELayer(MOELayer):
-    """Sends each sample once to every rank that holds an expert it chose, and adds what comes back."""
+    """Brings samples and experts together: here, or on the ranks of the experts, or with the experts of all ranks."""
 
-    def forward(self, z: Tensor, route: Route) -> Tensor:  # (N, L, D) -> mixture (N, L, D)
-        if route.sample is None:
-            return self.experts(z, route.gates)
-        return self._dispatch(z, route)
+    def forward(self, z: Tensor, route: Route) -> Pending:
+        """Send what has to travel; what is returned waits for it, and gives the mixture (N, L, D)."""
+        if route.experts:
+            return self._gather(z, route)
+        if route.sample is not None:
+            return self._dispatch(z, route)
+        return lambda: self.experts(z, route.gates)
 
     @torch.compiler.disable  # splits depend on data
-    def _dispatch(self, z: Tensor, route: Route) -> Tensor:
-        there = _AllToAllRows.apply(z[route.sample], self.ep_group, route.send, route.receive)
-        mixed = self.experts(there, route.gates)
-        back = _AllToAllRows.apply(mixed, self.ep_group, route.receive, route.send)
+    def _dispatch(self, z: Tensor, route: Route) -> Pending:
+        """Send each sample once to every rank that holds an expert it chose."""
+        there = begin_rows(z[route.sample], self.ep_group, route.send, route.receive)
+        return partial(self._mix_there, there, z, route)
+
+    @torch.compiler.disable
+    def _mix_there(self, there: Pending, z: Tensor, route: Route) -> Tensor:
+        back = exchange_rows(self.experts(there(), route.gates), self.ep_group, route.receive, route.send)
         return torch.zeros_like(z).index_add(0, route.sample, back)
+
+    @torch.compiler.disable
+    def _gather(self, z: Tensor, route: Route) -> Pending:
+        """Get the experts of all ranks. The next layer's set out while this block is computed: two layers' are here at
+        a time, but for what autograd keeps for the backward pass."""
+        for experts in route.experts:
+            experts.begin()
+        route.experts = route.experts[:1]  # where a block is computed again, the next layer's are not needed
+        return partial(self._mix_here, z, route)
+
+    @torch.compiler.disable
+    def _mix_here(self, z: Tensor, route: Route) -> Tensor:
+        weight, bias = route.experts[0].take()
+        return linear_mixture(z, weight, bias, route.gates)
 
 
 def check_mixture(num_experts: int, top_k: int, ep_size: int) -> None:
@@ -210,6 +203,7 @@ class TimestepMoE(RoutedMoE):
     def __init__(self, hidden_size: int, num_experts: int = 3, top_k: int = 2, ep_size: int = 1, noisy: bool = False):
         gate = TimestepGate(hidden_size, num_experts, top_k, noisy)
         super().__init__(gate, LinearExpert(hidden_size), ep_size, SampleMOELayer, SampleExperts)
+        self.dispatch = "samples"
 
     def forward(self, z: Tensor, e_t: Tensor, route: Route | None = None) -> tuple[Tensor, Tensor]:
         """Mixture of the experts that the timestep chooses.
@@ -223,7 +217,14 @@ class TimestepMoE(RoutedMoE):
         """
         if route is None:
             [route] = plan_routes([self], e_t)
-        return self.deepspeed_moe(z, route), route.probs
+        return self.begin(z, e_t, route)(), route.probs
+
+    def begin(self, z: Tensor, e_t: Tensor, route: Route | None = None) -> Pending:
+        """As `forward`, in two parts: what is done before the returned function is called for the mixture (N, L, D)
+        runs beside the exchange between expert-parallel ranks."""
+        if route is None:
+            [route] = plan_routes([self], e_t)
+        return self.deepspeed_moe(z, route)
 
 
 def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor, gate_noise: Tensor | None = None) -> list[Route]:
@@ -232,43 +233,21 @@ def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor, gate_noise: Tensor |
     ``gate_noise``: (N, B*M) standard normal for noisy gates, the layers' side by side.
 
     Routes depend on timesteps alone, so two exchanges at the start of a forward pass serve all layers: how many samples
-    go where, and their gates. This is also the only place where the host waits for the device.
+    go where, and their gates. This is also the only place where the host waits for the device. Where the experts
+    travel, nothing needs to be told and the host never waits; the first layer's set out here.
     """
     noises = [None] * len(layers) if gate_noise is None else gate_noise.chunk(len(layers), dim=1)
     gated = [layer.gate(e_t, noise) for layer, noise in zip(layers, noises, strict=True)]
     if layers[0].ep_size == 1:
         return [Route(probs, gates) for probs, gates in gated]
-    return _exchange(gated, layers[0].deepspeed_moe)
-
-
-@torch.compiler.disable
-def _exchange(gated: list[tuple[Tensor, Tensor]], layer: SampleMOELayer) -> list[Route]:
-    num_layers, num_ranks = len(gated), layer.ep_size
-    gates = torch.stack([g for _, g in gated]).unflatten(2, (num_ranks, layer.num_local_experts))  # (B, N, R, J)
-    chosen = (gates.detach() != 0).any(-1).transpose(1, 2)  # (B, R, N)
-    block, rank, sample = chosen.nonzero(as_tuple=True)  # by block, then rank, then sample
-    counts = chosen.sum(-1).T.contiguous()  # (R, B) to send
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=layer.ep_group)
-    send, receive = counts.tolist(), arriving.tolist()
-
-    # gates travel by rank, then block; they are cut and joined by block, then rank
-    blocks, ranks = range(num_layers), range(num_ranks)
-    outgoing = gates[block, sample, rank].split([send[r][b] for b in blocks for r in ranks])
-    outgoing = torch.cat([outgoing[b * num_ranks + r] for r in ranks for b in blocks])
-    incoming = _AllToAllRows.apply(outgoing, layer.ep_group, [sum(c) for c in send], [sum(c) for c in receive])
-    incoming = incoming.split([receive[r][b] for r in ranks for b in blocks])
-    samples = sample.split([sum(send[r][b] for r in ranks) for b in blocks])
-    return [
-        Route(
-            probs=gated[b][0],
-            gates=torch.cat([incoming[r * num_layers + b] for r in ranks]),
-            sample=samples[b],
-            send=[send[r][b] for r in ranks],
-            receive=[receive[r][b] for r in ranks],
-        )
-        for b in blocks
+    if layers[0].dispatch == "samples":
+        return exchange_routes(gated, layers[0].deepspeed_moe.ep_group)
+    coming = [
+        ExpertsOnTheirWay(layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe.ep_group)
+        for layer in layers
     ]
+    coming[0].begin()
+    return [Route(probs, gates, experts=coming[b : b + 2]) for b, (probs, gates) in enumerate(gated)]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from deepspeed.moe.experts import Experts
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor, nn
 
-from switchdit.moe.layer import RoutedMoE, _AllToAllRows
+from switchdit.moe.exchanges import exchange_rows
+from switchdit.moe.layer import RoutedMoE
 from switchdit.moe.timestep_gate import top_k_map
 
 
@@ -108,16 +109,16 @@ class TokenMOELayer(MOELayer):
         sample = sample + sum(samples[: dist.get_rank(self.ep_group)])
         widths = [of_sample.shape[1] for of_sample in known]
         known = torch.cat(known, dim=1).repeat(num_ranks, 1)
-        known = _AllToAllRows.apply(known, self.ep_group, [num_samples] * num_ranks, samples)
+        known = exchange_rows(known, self.ep_group, [num_samples] * num_ranks, samples)
 
         rank, token = _positions(visits, sum(send))
         # a sample's number is exact in float32 below 2^24: one exchange serves it and the gates
         ticket = torch.cat([gates[token, rank], sample[token, None].to(gates.dtype)], dim=1)
-        there = _AllToAllRows.apply(tokens[token], self.ep_group, send, receive)
-        ticket = _AllToAllRows.apply(ticket, self.ep_group, send, receive)
+        there = exchange_rows(tokens[token], self.ep_group, send, receive)
+        ticket = exchange_rows(ticket, self.ep_group, send, receive)
         gates_there, sample_there = ticket[:, :num_local], ticket[:, num_local].long()
         mixed = self.experts(there, gates_there, counts, sample_there, known.split(widths, dim=1))
-        back = _AllToAllRows.apply(mixed.to(tokens.dtype), self.ep_group, receive, send)
+        back = exchange_rows(mixed.to(tokens.dtype), self.ep_group, receive, send)
         return torch.zeros_like(tokens).index_add(0, token, back)
 
 

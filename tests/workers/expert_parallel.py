@@ -3,6 +3,7 @@
 Every process sees the same global batch and takes its share of it.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from switchdit.engine.ema import Ema
 from switchdit.engine.engine import build_engine, grad_norm, init_processes, leave
 from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict, local_view
 from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
+from switchdit.moe.dispatch import bytes_per_layer, set_dispatch
 
 FIELDS = {
     "input_size": 8,
@@ -27,59 +29,48 @@ FIELDS = {
     "num_experts": 4,
     "top_k": 2,
 }
-GLOBAL_BATCH, STEPS = 16, 4
+GLOBAL_BATCH, STEPS = 16, 3
 
-#        name            stage  optimizer  clip  accumulation  gates
+#        dispatch   fields of the model beyond FIELDS
 CASES = {
-    "adam": (2, "AdamW", 0.0, 1, "mixed"),
-    "idle": (2, "AdamW", 0.0, 1, "idle"),
-    "same": (2, "AdamW", 0.0, 1, "same"),
-    "clip": (2, "SGD", 0.05, 2, "mixed"),
-    "zero1": (1, "SGD", 0.05, 1, "idle"),
-    "zero0": (0, "SGD", 0.0, 2, "mixed"),
-    "noisy": (2, "AdamW", 0.0, 1, "mixed"),
+    "plain": ("samples", {}),
+    "noisy": ("weights", {"gate": "noisy", "integration": "multiply_skip"}),
 }
-MODEL = {"noisy": {"gate": "noisy", "integration": "multiply_skip"}}  # fields of a case's model beyond FIELDS
 
 
-def initial_weights(gates: str, fields: dict) -> dict[str, torch.Tensor]:
-    """The same whatever the topology, with nothing at zero; ``gates`` steers who is chosen."""
+def initial_weights(fields: dict) -> dict[str, torch.Tensor]:
+    """The same whatever the topology, with nothing at zero."""
     rng = torch.Generator().manual_seed(7)
     weights = build_model("Switch-DiT-S/2", **fields).state_dict()
     for name, value in weights.items():
         if name != "pos_embed":
             value.copy_(0.1 * torch.randn(value.shape, generator=rng))
-        if name.endswith("gate.wg.weight") and gates == "same":
-            value.zero_()
-        if name.endswith("gate.wg.bias"):
-            if gates == "idle":
-                value[2] = -50.0
-            if gates == "same":
-                value.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))  # experts 1 and 3 always
     return weights
 
 
-def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
-    stage, optimizer, clip, accumulation, gates = CASES[case]
-    fields = {**FIELDS, **MODEL.get(case, {})}
-    model = build_model("Switch-DiT-S/2", **fields, ep_size=ep_size)
-    load_global_state_dict(model, initial_weights(gates, fields))
-    model.class_dropout_prob = 0.0
-    micro_batch = GLOBAL_BATCH // (processes.world_size * accumulation)
-    params = {"lr": 1e-4, "weight_decay": 0.0, "torch_adam": True} if optimizer == "AdamW" else {"lr": 0.3}
-    engine = build_engine(
+def engine_of(model: torch.nn.Module, micro_batch: int):
+    return build_engine(
         model,
         {
             "train_batch_size": GLOBAL_BATCH,
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": clip,
-            "optimizer": {"type": optimizer, "params": params},
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000, "allgather_bucket_size": 3000},
-            "zero_allow_untested_optimizer": True,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.0, "torch_adam": True}},
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 3000, "allgather_bucket_size": 3000},
             "steps_per_print": 10**9,
         },
     )
+
+
+def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
+    dispatch, more_fields = CASES[case]
+    fields = {**FIELDS, **more_fields}
+    model = build_model("Switch-DiT-S/2", **fields, ep_size=ep_size)
+    load_global_state_dict(model, initial_weights(fields))
+    model.class_dropout_prob = 0.0
+    set_dispatch(model, dispatch, samples=1, itemsize=4)
+    micro_batch = GLOBAL_BATCH // processes.world_size
+    mine = slice(processes.rank * micro_batch, (processes.rank + 1) * micro_batch)
+    engine = engine_of(model, micro_batch)
     ema = Ema(engine, 0.5)
     prior = prior_mask(len(model.blocks), model.num_experts, model.top_k)
     rng = torch.Generator().manual_seed(11)
@@ -92,22 +83,17 @@ def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
         y = torch.randint(0, 3, (GLOBAL_BATCH,), generator=rng)
         noise = torch.randn(GLOBAL_BATCH, model.num_gates, generator=rng) if model.gate == "noisy" else None
         assignment = match_columns(model.task_expert_map(), prior, 0, step)
-        loss_of_step = 0.0
-        for micro_step in range(accumulation):
-            at = (micro_step * processes.world_size + processes.rank) * micro_batch
-            mine = slice(at, at + micro_batch)
-            options = {} if noise is None else {"gate_noise": noise[mine]}
-            out, routing = engine(x[mine], t[mine], y[mine], return_routing=True, **options)
-            aux = diffusion_prior_loss(routing.probs, t[mine], prior, assignment, len(model.blocks))
-            loss = (out - target[mine]).square().mean() + aux
-            engine.backward(loss)
-            loss_of_step += loss.item() / accumulation
-            if step == 0 and micro_step == accumulation - 1 and stage > 0:
-                local = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
-                gradients = {f"{case}/grad/{n}": g.numpy() for n, g in gather_experts(model, local).items()}
-            engine.step()
+        options = {} if noise is None else {"gate_noise": noise[mine]}
+        out, routing = engine(x[mine], t[mine], y[mine], return_routing=True, **options)
+        aux = diffusion_prior_loss(routing.probs, t[mine], prior, assignment, len(model.blocks))
+        loss = (out - target[mine]).square().mean() + aux
+        engine.backward(loss)
+        if step == 0:
+            local = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+            gradients = {f"{case}/grad/{n}": g.numpy() for n, g in gather_experts(model, local).items()}
+        engine.step()
         ema.update()
-        mean = torch.tensor(loss_of_step)
+        mean = loss.detach().clone()
         torch.distributed.all_reduce(mean)
         losses.append(mean.item() / processes.world_size)
         norms.append(grad_norm(engine) or 0.0)
@@ -120,7 +106,7 @@ def run(case: str, ep_size: int, processes) -> dict[str, np.ndarray]:
 
 def check_initialisation(ep_size: int) -> None:
     """A seed gives the same experts on whatever rank they live."""
-    fields = {**FIELDS, **MODEL["noisy"]}
+    fields = {**FIELDS, **CASES["noisy"][1]}
     torch.manual_seed(3)
     whole = build_model("Switch-DiT-S/2", **fields).state_dict()
     torch.manual_seed(3)
@@ -130,6 +116,57 @@ def check_initialisation(ep_size: int) -> None:
         assert torch.equal(value, mine[name]), name
 
 
+def counted(dispatch: str, ep_size: int, processes) -> dict[str, np.ndarray]:
+    """Bytes of tokens or experts that a rank sends per layer, as predicted and as counted, and what happens in order:
+    m a block's modulation, a its attention, > an exchange sets out."""
+    model = build_model("Switch-DiT-S/2", **FIELDS, ep_size=ep_size)
+    load_global_state_dict(model, initial_weights(FIELDS))
+    every_choice = list(itertools.combinations(range(FIELDS["num_experts"]), FIELDS["top_k"]))
+    samples, grid = 2 * len(every_choice), FIELDS["input_size"] // 2
+    engine = engine_of(model, GLOBAL_BATCH // processes.world_size)  # which also makes the ranks' groups
+    set_dispatch(model, dispatch, samples=samples, itemsize=4)
+    gates = torch.zeros(samples, FIELDS["num_experts"])
+    for sample in range(samples):
+        gates[sample, list(every_choice[sample // 2])] = 0.5
+    order, sent = [], 0
+    for block in model.blocks:
+        block.moe.gate.forward = lambda *_: (gates, gates)  # all choices equally often
+        block.adaLN_modulation.register_forward_hook(lambda *_: order.append("m"))
+        block.attn.register_forward_hook(lambda *_: order.append("a"))
+
+    def watch(collective, elsewhere):
+        def watched(out, tensor, *splits, **options):
+            nonlocal sent
+            if tensor.dim() == 3:  # neither counts nor gates
+                order.append(">")
+                sent += elsewhere(tensor, *splits) * tensor[0].numel() * tensor.element_size()
+            return collective(out, tensor, *splits, **options)
+
+        return watched
+
+    def rows_elsewhere(tensor, receive=None, send=None) -> int:
+        here = processes.rank % ep_size
+        return len(tensor) - (len(tensor) // ep_size if send is None else send[here])
+
+    dist = torch.distributed
+    unwatched = dist.all_to_all_single, dist.all_gather_into_tensor
+    dist.all_to_all_single = watch(unwatched[0], rows_elsewhere)
+    dist.all_gather_into_tensor = watch(unwatched[1], lambda tensor: len(tensor) * (ep_size - 1))
+    rng = torch.Generator().manual_seed(5)
+    x, t, y = torch.randn(samples, 4, 8, 8, generator=rng), torch.arange(samples), torch.zeros(samples).long()
+    out = model(x, t, y, drop_label=y > 0)
+    forward = "".join(order)
+    torch.autograd.grad(out.square().mean(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    dist.all_to_all_single, dist.all_gather_into_tensor = unwatched
+    sizes = {name: FIELDS[name] for name in ("num_experts", "top_k")}
+    sizes |= {"samples": samples, "tokens": grid**2, "width": FIELDS["hidden_size"], "ep_size": ep_size, "itemsize": 4}
+    engine.destroy()
+    total = torch.tensor(float(sent))  # of samples, ranks send what these choose: the model is of their mean
+    dist.all_reduce(total)
+    mean = total.item() / (processes.world_size * FIELDS["depth"])
+    return {f"sent/{dispatch}": np.array([bytes_per_layer(dispatch, **sizes), mean]), f"order/{dispatch}": forward}
+
+
 def main():
     ep_size, path = int(sys.argv[-2]), sys.argv[-1]
     processes = init_processes()
@@ -137,6 +174,9 @@ def main():
     results = {}
     for case in CASES:
         results |= run(case, ep_size, processes)
+    if ep_size > 1:
+        for dispatch in ("samples", "weights"):
+            results |= counted(dispatch, ep_size, processes)
     if processes.is_first:
         np.savez(path, **results)
     leave()

@@ -16,11 +16,10 @@ from switchdit import build_model
 from switchdit.engine.engine import build_engine, init_processes, leave
 from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict
 
-WIDTH = 32
 FIELDS = {
     "input_size": 8,
     "depth": 2,
-    "hidden_size": WIDTH,
+    "hidden_size": 32,
     "num_heads": 2,
     "mlp_ratio": 1.0,
     "num_classes": 3,
@@ -29,28 +28,21 @@ FIELDS = {
 }
 GLOBAL_BATCH, STEPS = 16, 3
 
-#        name       optimizer  load balance  what the gates choose, and what they refuse
+#        name       optimizer  load balance
 CASES = {
-    "adam": ("AdamW", 0.0, {}),
-    "idle": ("AdamW", 0.0, {2: -1.0}),
-    "empty": ("SGD", 0.0, {2: -1.0, 3: -1.0}),  # with ep_size 2 a whole rank without tokens
-    "balance": ("SGD", 0.01, {}),  # depends on the micro-batch, hence on the number of processes
+    "adam": ("AdamW", 0.0),
+    "balance": ("SGD", 0.01),  # depends on the micro-batch, hence on the number of processes
 }
 UNEVEN = {1: [16], 2: [0, 16], 4: [3, 0, 12, 1]}  # samples of each process, in evaluation
 
 
-def initial_weights(preference: dict[int, float]) -> dict[str, torch.Tensor]:
-    """The same whatever the topology, with nothing at zero; ``preference`` of an expert for any token."""
+def initial_weights() -> dict[str, torch.Tensor]:
+    """The same whatever the topology, with nothing at zero."""
     rng = torch.Generator().manual_seed(7)
     weights = build_model("Diff-MoE-S/2", **FIELDS).state_dict()
     for name, value in weights.items():
         if name != "pos_embed":
             value.copy_(0.1 * torch.randn(value.shape, generator=rng))
-        if preference and name.startswith("blocks.") and name.endswith(".adaLN_modulation.1.bias"):
-            value[3 * WIDTH : 4 * WIDTH] = 1.0  # shift of the tokens: they all point one way
-        if name.endswith("gate.wg.weight"):
-            for expert, sign in preference.items():
-                value[expert] = sign
     return weights
 
 
@@ -77,9 +69,9 @@ def batch(rng: torch.Generator) -> tuple[torch.Tensor, ...]:
 
 
 def run(case: str, ep_size: int, processes, folder: Path) -> dict[str, np.ndarray]:
-    optimizer, weight, preference = CASES[case]
+    optimizer, weight = CASES[case]
     model = build_model("Diff-MoE-S/2", **FIELDS, ep_size=ep_size)
-    load_global_state_dict(model, initial_weights(preference))
+    load_global_state_dict(model, initial_weights())
     model.class_dropout_prob = 0.0
     micro_batch = GLOBAL_BATCH // processes.world_size
     mine = slice(processes.rank * micro_batch, (processes.rank + 1) * micro_batch)
