@@ -13,11 +13,16 @@
 #   MASTER_PORT      port on which the processes meet (default: DeepSpeed's 29500); give each run on a machine its own
 #   OMP_NUM_THREADS  threads of each process (default: cores / processes on CPU, 4 beside a GPU)
 #   LOG              file that also gets everything that is printed (default: none)
+#   RESTARTS         how often a training that a fault has ended starts again from its newest checkpoint (default: 0,
+#                    since whoever sits before it wants to see the fault)
+#
+# SIGTERM and SIGUSR1 reach the processes: training saves, and this script ends with code 75.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 2; }
 [ -d .venv/bin ] && PATH=$PWD/.venv/bin:$PATH
 command -v deepspeed >/dev/null || { echo "error: no 'deepspeed' on the PATH; 'make setup' installs it into .venv" >&2; exit 2; }
+. launchers/restarts.sh
 
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 if [ -z "${DS_ACCELERATOR:-}" ]; then
@@ -28,8 +33,9 @@ unset CUDA_VISIBLE_DEVICES # the launcher would ignore it, or take it for a host
 [ "$DS_ACCELERATOR" = cuda ] || devices=
 [ -n "$devices" ] && gpus=$(tr ',' '\n' <<<"$devices" | wc -l)
 [ "$DS_ACCELERATOR" = cuda ] && default=$gpus || default=1
-NPROC=${NPROC:-$default}
-case $NPROC in '' | *[!0-9]* | 0) echo "error: NPROC is '$NPROC'; it must be a whole number of at least 1" >&2; exit 2 ;; esac
+NPROC=${NPROC:-$default} RESTARTS=${RESTARTS:-0}
+whole NPROC "$NPROC" 1
+whole RESTARTS "$RESTARTS" 0
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     OMP_NUM_THREADS=4
     [ "$DS_ACCELERATOR" = cuda ] || OMP_NUM_THREADS=$(( $(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1 ))
@@ -39,9 +45,13 @@ export DS_ACCELERATOR OMP_NUM_THREADS
 slots=(--num_accelerators "$NPROC")
 [ -n "$devices" ] && slots=(--include "localhost:$(cut -d, -f1-"$NPROC" <<<"$devices")")
 command=(deepspeed "${slots[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
+[ -z "${LOG:-}" ] || exec > >(tee -ia "$LOG") 2>&1
 echo "+ ${command[*]}"
-if [ -n "${LOG:-}" ]; then
-    "${command[@]}" 2>&1 | tee -a "$LOG"
-else
-    exec "${command[@]}"
+code=0
+keep_running deepspeed_workers "${command[@]}" || code=$?
+if [ -n "${LOG:-}" ]; then # everything is in the file when this script ends
+    copier=$!
+    exec >&- 2>&-
+    wait "$copier" || true
 fi
+exit "$code"

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Start a program on the machines that slurm gives:
+# Start a program on the machines that slurm gives, and queue the job again until the program has finished:
 #
 #   sbatch --nodes=2 launchers/slurm.sh switchdit/train.py --config switchdit/configs/X.yaml \
-#       --deepspeed_config ds_configs/Y.json --resume auto
+#       --deepspeed_config ds_configs/Y.json
 #
-# One task per node starts that node's processes; slurm's options may be given to sbatch or written below.
+# Training continues from the run's newest checkpoint (--resume auto is added). Two minutes before the job's time ends
+# slurm sends SIGUSR1 to the processes; training saves and ends with code 75, and the job goes back into the queue under
+# its number. So it does after a fault, up to RESTARTS times in a row. Finished runs, mistakes and scancel end it.
+# slurm's options may be given to sbatch or written below.
 #
-#   GPUS_PER_NODE    processes per node (default: what slurm reports, or 8)
+#   GPUS_PER_NODE    processes per node (default: what slurm reports, or 8); srun starts each of them
+#   RESTARTS         faults in a row after which the job is not queued again (default: 5)
 #   MASTER_PORT      port on which the processes meet (default: derived from the job's number)
 #   OMP_NUM_THREADS  threads of each process (default: 4)
-#   NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_DEBUG  reach all tasks as they are
+#   NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_DEBUG  reach all processes as they are
 #
 #SBATCH --job-name=switchdit
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=64
+#SBATCH --cpus-per-task=8
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 set -euo pipefail
 # slurm runs a copy of this file; the folder it was submitted from is the repository's
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
@@ -24,14 +30,48 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is not a slurm job; submit it with sbatch, or use single_node.sh" >&2; exit 2; }
 [ -f "$1" ] || { echo "error: '$1' does not exist in $PWD; submit from the repository's folder" >&2; exit 2; }
 [ -d .venv/bin ] && PATH=$PWD/.venv/bin:$PATH
+. launchers/restarts.sh
 
-per_node=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64} # srun does not take it over from sbatch by itself
+per_node=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}} RESTARTS=${RESTARTS:-5}
+whole GPUS_PER_NODE "$per_node" 1
+whole RESTARTS "$RESTARTS" 0
+export MASTER_ADDR MASTER_PORT
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
+    { echo "error: scontrol cannot name the machines of '$SLURM_JOB_NODELIST'" >&2; exit 1; }
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # srun does not take it over from sbatch by itself
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} DS_ACCELERATOR=${DS_ACCELERATOR:-cuda}
-echo "+ $SLURM_NNODES nodes x $per_node processes, meeting at $master:$port: $*"
-# torchrun sets the same variables as DeepSpeed's launcher and needs no ssh between the nodes
-exec srun --kill-on-bad-exit=1 bash -c \
-    'exec torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$0" --node_rank "$SLURM_NODEID" \
-        --master_addr "$1" --master_port "$2" "${@:3}"' "$per_node" "$master" "$port" "$@"
+read -ra resume <<<"$(resume_options "$@")"
+set -- "$@" "${resume[@]}"
+echo "+ $SLURM_NNODES nodes x $per_node processes, meeting at $MASTER_ADDR:$MASTER_PORT, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+
+# Each task is a worker itself, so that slurm's signals reach it. A task that ends leaves the others alone: they end by
+# themselves, with the code that tells what happened, and some programs leave work to rank 0.
+code=0
+srun --kill-on-bad-exit=0 --wait=0 --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * per_node))" \
+    --ntasks-per-node="$per_node" bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+        LOCAL_WORLD_SIZE=$0 exec python -u "$@"' "$per_node" "$@" || code=$?
+
+# slurm's own count of restarts holds those after a saved stop, which may be many
+faults=slurm-$SLURM_JOB_ID.faults
+case $code in
+    0 | 2 | 130)
+        rm -f "$faults"
+        exit "$code"
+        ;;
+    75)
+        rm -f "$faults"
+        echo "stopped with everything saved: job $SLURM_JOB_ID goes back into the queue"
+        ;;
+    *)
+        echo "start $((${SLURM_RESTART_COUNT:-0} + 1)): $(described "$code")" >>"$faults"
+        count=$(wc -l <"$faults")
+        if [ "$count" -gt "$RESTARTS" ]; then
+            echo "error: the program ended with $(described "$code"), fault $count in a row, RESTARTS is $RESTARTS: the job ends" >&2
+            rm -f "$faults"
+            exit "$code"
+        fi
+        echo "the program ended with $(described "$code"), restart $count of $RESTARTS: job $SLURM_JOB_ID goes back into the queue" >&2
+        ;;
+esac
+scontrol requeue "$SLURM_JOB_ID" || { echo "error: slurm did not queue job $SLURM_JOB_ID again; submit it once more" >&2; exit "$code"; }

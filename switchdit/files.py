@@ -26,6 +26,20 @@ def make_folder(path: str | os.PathLike) -> None:
         raise UserError(f"folder '{path}' cannot be made: {problem.strerror}") from None
 
 
+def inside(folder: str | os.PathLike, name: Any) -> Path:
+    """The path of ``name``, which comes out of a file, below ``folder``.
+
+    Symbolic links are followed: they are the work of whoever made the folder, as in the cache of the Hugging Face hub.
+
+    Raises:
+        UserError: if ``name`` is no relative path to something below the folder.
+    """
+    parts = name.replace("\\", "/").split("/") if isinstance(name, str) else []
+    if not set(parts).isdisjoint({"", ".", ".."}) or not parts or any(sign in name for sign in "\0:"):
+        raise UserError(f"{name!r} is refused: it is no name of a file inside '{folder}'")
+    return Path(folder, name)
+
+
 def check_writable(path: str | os.PathLike, option: str) -> None:
     """Raise `UserError` where the file or folder ``path`` that ``option`` names could not be made or written into."""
     path = Path(path)
@@ -58,6 +72,21 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Add ``line`` and a line break to a file, or leave it as it was."""
+    content = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        start, problem = file.tell(), None
+        try:
+            if file.write(content) == len(content):
+                return
+        except OSError as error:
+            problem = error
+        file.truncate(start)
+    number = problem.errno if problem else errno.ENOSPC  # a write that stops short: there is no more space
+    raise OSError(number, os.strerror(number), str(path)) from problem
 
 
 def sync_directory(path: str | os.PathLike) -> None:

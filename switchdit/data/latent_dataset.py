@@ -12,7 +12,7 @@ import numpy as np
 from switchdit.data.latent_shards import CONTINUE, image_shape, read_manifest
 from switchdit.data.npy_header import LONGEST, NpyHeader, parse_npy_header
 from switchdit.errors import UserError
-from switchdit.files import sha256_of
+from switchdit.files import inside, sha256_of
 from switchdit.progress import progress
 
 UNKNOWN = "unknown"  # the SHA-256 of an autoencoder that imported latents know by name alone
@@ -85,7 +85,7 @@ class LatentDataset:
     @cached_property
     def names(self) -> list[str]:
         """Where each image came from, N strings; read when first asked for. Raises `UserError` for a damaged file."""
-        path = self.path / self.manifest["names"]["file"]
+        path = inside(self.path, self.manifest["names"]["file"])
         try:
             names = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as problem:
@@ -102,7 +102,7 @@ class LatentDataset:
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the manifest; `UserError` naming the first damaged one."""
         for entry in progress(self.files, desc=f"checking {self.path}", unit="file"):
-            path = self.path / entry["file"]
+            path = inside(self.path, entry["file"])
             if not path.is_file():
                 raise UserError(f"{path} is missing; {CONTINUE}")
             try:
@@ -124,7 +124,7 @@ class LatentDataset:
 
     def _open_array(self, entry: dict[str, Any], dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
         """Memory map of a file that holds just what the manifest says."""
-        path = self.path / entry["file"]
+        path = inside(self.path, entry["file"])
         if not path.is_file():
             raise UserError(f"{path} is missing; {CONTINUE}")
         size = path.stat().st_size

@@ -31,7 +31,7 @@ import switchdit
 from switchdit.data.manifest_fields import LABELS_FILE, MANIFEST_FIELDS, NAMES_FILE, SIDECAR_FIELDS, STORED, fault_in
 from switchdit.data.npy_header import write_npy
 from switchdit.errors import UserError
-from switchdit.files import atomic_write, sha256_of, write_json
+from switchdit.files import atomic_write, inside, sha256_of, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -258,7 +258,7 @@ def relist_shards(out: Path, manifest: dict[str, Any], sidecars: Sequence[dict[s
 def damaged_list(out: Path, manifest: dict[str, Any]) -> Path | None:
     """The first of the files of labels and names that is missing or not what the manifest says."""
     for entry in (manifest["labels"], manifest["names"]):
-        path = out / entry["file"]
+        path = inside(out, entry["file"])
         try:
             if not path.is_file() or sha256_of(path) != entry["sha256"]:
                 return path
@@ -270,7 +270,7 @@ def damaged_list(out: Path, manifest: dict[str, Any]) -> Path | None:
 def damaged_shard(out: Path, manifest: dict[str, Any]) -> Path | None:
     """The first of the shards that is missing or has not the size that the manifest says."""
     for entry in manifest["shards"]:
-        path = out / entry["file"]
+        path = inside(out, entry["file"])
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return path
     return None

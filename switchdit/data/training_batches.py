@@ -189,6 +189,11 @@ class TrainingBatches:
         slice_of_step = (step * self.accumulation + micro_step) * self.world_size + self.rank
         return np.arange(slice_of_step * self.micro_batch, (slice_of_step + 1) * self.micro_batch)
 
+    def images_of_step(self, step: int) -> np.ndarray:
+        """(global batch,) positions in the data set of all that ``step`` sees, on all ranks."""
+        global_batch = self.accumulation * self.world_size * self.micro_batch
+        return self.order[np.arange(step * global_batch, (step + 1) * global_batch)]
+
     def batch(self, step: int, micro_step: int) -> Batch:
         return make_batch(self.dataset, self.order, self.positions(step, micro_step), **self.sample_options)
 
