@@ -6,16 +6,28 @@ import difflib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by the scheduler, all is saved; the same command resumes
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo reports
+
+PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
+
+# A switchdit.engine.watchdog.Watchdog puts itself here while it runs: it tells all ranks why one of them ends.
+running_watchdog = None
 
 
 class UserError(ValueError):
     """Something the user can put right. The message is one line: the thing, its value, what would be valid."""
+
+
+class FaultError(Exception):
+    """A machine's fault that all processes know of: one line and exit code 1, for a new start from a checkpoint."""
 
 
 def nearest(name: str, valid: Iterable[str], described: str | None = None) -> str:
@@ -30,7 +42,8 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
     Ctrl-C ends with "interrupted" and code 130.
     All processes of a launcher meet the same `UserError`: only rank 0 prints it. A full disk is told by the rank that
-    met it; the others, which lose the connection to it, say so in a line and end with code 1.
+    met it; the others, which lose the connection to it, say so in a line and end with code 1. Where a watchdog runs,
+    what a single rank meets is told once, by rank 0, and names that rank; a lost connection is told by the watchdog.
     """
 
     @functools.wraps(main)
@@ -39,26 +52,58 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             return main(*args, **kwargs)
         except UserError as mistake:
+            _farewell(str(mistake), EXIT_USER_ERROR)
             end(str(mistake) if rank == 0 else None)
+        except FaultError as fault:
+            _farewell(str(fault), 1)
+            end(str(fault) if rank == 0 else None, code=1)
         except KeyboardInterrupt:
+            _farewell("interrupted", 128 + signal.SIGINT)
             if rank == 0:
                 print("interrupted", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
         except OSError as problem:
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                _end_of_ours(problem)
                 raise
             where = problem.filename or "the output"
-            end(f"no space left on the disk that holds {where}; nothing half-written was kept")
-        except RuntimeError as problem:
-            if not any(sign in str(problem) for sign in LOST_PEER):
+            message = f"no space left on the disk that holds {where}; nothing half-written was kept"
+            told_by_rank_0 = _farewell(message, EXIT_USER_ERROR) and rank != 0
+            end(None if told_by_rank_0 else message)
+        except Exception as problem:
+            if not (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in LOST_PEER)):
+                _end_of_ours(problem)
                 raise
+            if running_watchdog:
+                running_watchdog.wait_for_verdict()
             end(f"rank {rank} stops because another process has ended", code=1)
 
     return wrapped
 
 
+def _farewell(reason: str, code: int) -> bool:
+    """Whether a watchdog runs, which then tells the others."""
+    if running_watchdog is None:
+        return False
+    running_watchdog.farewell(reason, code)
+    return True
+
+
+def _end_of_ours(problem: Exception) -> None:
+    """With a watchdog: the traceback, then the others learn of it, and this process ends; else nothing."""
+    if running_watchdog:
+        traceback.print_exception(problem)
+        _farewell(" ".join(f"{type(problem).__name__}: {problem}".split())[:200], 1)
+        sys.exit(1)
+
+
 def end(message: str | None, code: int = EXIT_USER_ERROR) -> None:
     """Leave the program with ``error: <message>`` on stderr, or without a word."""
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {without_passwords(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def without_passwords(text: str) -> str:
+    """``text`` with what stands before the @ of addresses left out: ``https://***@host/...``."""
+    return PASSWORD.sub("***@", text)

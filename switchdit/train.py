@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # the launcher runs this as a file: import from t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from switchdit.config import Config, config_to_dict, load_config
-from switchdit.errors import exit_on_user_error
+from switchdit.errors import EXIT_REQUEUE, UserError, exit_on_user_error
 
 
 def arguments() -> argparse.Namespace:
@@ -44,26 +44,31 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.data.latent_shards import MANIFEST
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
-    from switchdit.engine.checkpoint import load_checkpoint, save_checkpoint
+    from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import (
         add_over_processes,
         agree,
         barrier,
         build_engine,
+        from_first,
         grad_norm,
         init_processes,
         leave,
         on_gpu,
         set_optimizer,
+        told_by_all,
     )
+    from switchdit.engine.faults import Notices, SpikeDetector, compare_parameters, poisoned, step_if_finite
     from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
     from switchdit.engine.objective import Objective, check_objective, time_distribution
-    from switchdit.engine.run_directory import choose_checkpoint, write_run_files
+    from switchdit.engine.run_directory import candidates, choose_start, put_aside, versions, write_run_files
+    from switchdit.engine.watchdog import Watchdog
     from switchdit.files import sha256_of
-    from switchdit.models import build_model, model_fields, parameter_counts
-    from switchdit.progress import progress
+    from switchdit.models import build_model, model_fields, parameter_counts, system_of
+    from switchdit.moe.dispatch import check_dispatch, set_dispatch
+    from switchdit.progress import progress, say
 
     # Validate: everything that can be wrong is found before anything is written, and by all processes alike.
     processes = init_processes()
@@ -71,6 +76,9 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     def validate() -> tuple:
         fields = model_fields(config.model_name, **config.model_overrides)
         check_objective(config, fields["num_timesteps"])
+        check_dispatch(config.moe.dispatch, system_of(config.model_name))
+        if (every := config.train.activation_checkpointing) > fields["depth"]:
+            raise UserError(f"train.activation_checkpointing is {every}; the model has {fields['depth']} blocks")
         deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
         dataset = LatentDataset(config.data.latents)
         check_latents(dataset, config.data, fields)
@@ -79,13 +87,19 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             check_sampling(config.sample, fields["in_channels"], fields["num_timesteps"], has_null_label)
             if processes.is_first:
                 load_autoencoder(config.data.vae)  # not needed yet: a missing one is told now
-        return fields, deepspeed_config, dataset, choose_checkpoint(config, resume)
+        return fields, deepspeed_config, dataset, candidates(config, resume)
 
-    fields, deepspeed_config, dataset, checkpoint = agree(validate)
+    fields, deepspeed_config, dataset, found = agree(validate)
+    start = choose_start(config, from_first(found), resume, told_by_all)
 
     # Build.
+    watchdog = Watchdog(processes, config.faults.hang_timeout, config.faults.peer_timeout)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model_name, **config.model_overrides)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    micro_batch = micro_batch_of(config, processes.world_size)
+    in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
+    dispatch = set_dispatch(model, config.moe.dispatch, samples=micro_batch, itemsize=2 if in_bf16 else 4)
     objective = Objective(config, model, processes.device)
     engine = build_engine(model, deepspeed_config)
     ema = Ema(engine, config.train.ema_decay)
@@ -100,23 +114,29 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             "latents": sha256_of(dataset.path / MANIFEST),
         },
     }
-    first_step, extra = load_checkpoint(checkpoint, engine, ema, about) if checkpoint else (0, None)
+    first_step, extra = load_checkpoint(start.checkpoint, engine, ema, about) if start.checkpoint else (0, None)
     if extra:
         objective.restore(extra["objective"])
     run_dir = Path(config.run_dir)
     barrier()  # every process has read before the first one writes
     if processes.is_first:
+        put_aside(start)
         write_run_files(config, deepspeed_config, processes.world_size)
     barrier()
-    monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, first_step)
+    checkpoints = Checkpoints(run_dir / "checkpoints", engine, ema, config.monitor.keep_last, config.monitor.keep_every)
+    log_every = config.monitor.log_every
+    monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, log_every, first_step)
+    spikes, skipped_in_a_row = SpikeDetector(config.faults.spike_sigma), 0
     if extra:
         monitor.restore(extra["monitor"])
+        spikes.restore(extra.get("spikes", spikes.state()))
+        skipped_in_a_row = extra.get("skipped_in_a_row", 0)
     batches = TrainingBatches(
         dataset,
         seed=config.train.seed,
         rank=processes.rank,
         world_size=processes.world_size,
-        micro_batch=micro_batch_of(config, processes.world_size),
+        micro_batch=micro_batch,
         accumulation=config.train.gradient_accumulation_steps,
         num_timesteps=model.num_timesteps,
         label_dropout=model.class_dropout_prob,
@@ -133,48 +153,99 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             f"{processes.world_size}; steps {first_step} to {config.train.steps}",
             flush=True,
         )
+        if dispatch:
+            print(dispatch, flush=True)
+    version = versions()
+
+    def save(done: int) -> None:
+        extra = {
+            "version": version,
+            "images_seen": done * config.train.global_batch,
+            "monitor": monitor.state(),
+            "objective": objective.state(),
+            "spikes": spikes.state(),
+            "skipped_in_a_row": skipped_in_a_row,
+            "config": config_to_dict(config),
+        }
+        checkpoints.save(done, about, extra)
 
     # Train.
     engine.train()
+    notices = Notices()
     stream = batches.iterate(first_step, config.train.steps)
     bar = progress(
         range(first_step, config.train.steps), desc="train", total=config.train.steps, initial=first_step, unit="step"
     )
     for step in bar:
+        done = step + 1
+        last = done == config.train.steps
         lr = config.train.lr_at(step)
         set_optimizer(
             engine, lr=lr, betas=config.train.betas, eps=config.train.eps, weight_decay=config.train.weight_decay
         )
         objective.start_step(step)
-        for _ in range(config.train.gradient_accumulation_steps):
+        for micro_step in range(batches.accumulation):
+            watchdog.reached("batch", done)
             batch = next(stream).to(processes.device)
+            watchdog.reached("forward", done)
             losses = objective(engine, batch)
-            engine.backward(losses.total)
-            engine.step()
-            monitor.add(losses.terms, losses.mse, losses.timestep)
-        objective.finish_step(add_over_processes)
-        ema.update()
+            watchdog.reached("backward", done)
+            engine.backward(poisoned(losses.total))
+            watchdog.reached("update", done)
+            if micro_step + 1 == batches.accumulation and due(config.faults.hash_every, done, last):
+                compare_parameters(model, done)
+            changed = step_if_finite(engine)
+            monitor.add(done, losses.terms, losses.mse, losses.timestep)
+        if changed:
+            objective.finish_step(add_over_processes)
+            ema.update()
+            skipped_in_a_row = 0
+        else:
+            objective.skip_step()
+            skipped_in_a_row += 1
+            monitor.fault(done, "skipped", batches.images_of_step(step).tolist())
+            say(f"step {done}: skipped, for a loss or gradient that is not finite")
+            if skipped_in_a_row == config.faults.max_skipped_steps:
+                raise UserError(
+                    f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last was "
+                    f"{done}; the images they saw are in {monitor.faults_path}. A lower train.lr, or "
+                    "train.max_grad_norm, may help; checkpoints hold sound weights"
+                )
 
         # Report and save.
-        done = step + 1
-        last = done == config.train.steps
-        if done % config.monitor.log_every == 0 or last:
-            monitor.log(done, config.train.steps, lr, grad_norm(engine))
+        watchdog.reached("report", done)
+        if done % log_every == 0 or last:
+            for at, loss in monitor.log(done, config.train.steps, lr, grad_norm(engine)).items():
+                if spikes(loss):
+                    monitor.fault(at, "spike", batches.images_of_step(at - 1).tolist(), loss=loss)
+                    say(f"step {at}: loss {loss:.4f} is a spike; what it saw is in {monitor.faults_path}")
         if due(config.monitor.routing_every, done, last) and objective.prior is not None:
             monitor.log_routing(done, objective.task_expert_map, objective.prior, objective.assignment)
         if due(config.monitor.routing_every, done, last) and objective.token_share is not None:
             monitor.log_token_share(done, objective.token_share)
-        if due(config.monitor.checkpoint_every, done, last):
-            extra = {"monitor": monitor.state(), "objective": objective.state(), "config": config_to_dict(config)}
-            save_checkpoint(run_dir / "checkpoints", engine, ema, done, about, extra)
+        stop, lost = notices.exchange(notices.stop_requested, checkpoints.writer.problem is not None)
+        if due(config.monitor.checkpoint_every, done, last) or stop:
+            watchdog.reached("checkpoint", done)
+            save(done)
+        if stop and not last:
+            checkpoints.finish()
+            monitor.close()
+            say(f"stopped by a signal after step {done}; all is saved, and --resume auto goes on from there")
+            watchdog.stop()
+            leave(EXIT_REQUEUE)
+        if lost:
+            checkpoints.finish()  # tells what happened
         if due(config.monitor.sample_every, done, last):
+            watchdog.reached("sample", done)
             averaged = ema.state_dict()
             if processes.is_first:
                 picture = sample_grid(config, about["model"], averaged, objective.process, processes.device)
                 monitor.log_samples(done, picture)
+    checkpoints.finish()
     monitor.close()
     if processes.is_first:
         print(f"trained {config.train.steps} steps; everything is in {run_dir}: checkpoints/ tensorboard/ log.jsonl")
+    watchdog.stop()
     leave()
 
 

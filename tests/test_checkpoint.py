@@ -1,68 +1,33 @@
-"""Checkpoints: whole or invisible, and nothing but tensors is unpickled."""
+"""Checkpoints of a run: whole or invisible, kept as asked for, and seen to be damaged."""
 
-import errno
 import json
-import os
-import pickle
+import shutil
+import threading
+import time
+from collections import namedtuple
 
 import pytest
 import torch
+from deepspeed import comm as dist
+from launching import free_port
 
 from switchdit.engine import checkpoint
 from switchdit.engine.checkpoint import (
-    TensorsOnlyCheckpointEngine,
+    Checkpoints,
+    checkpoint_folders,
     complete_checkpoints,
+    damage,
     find_checkpoint,
+    read_ema,
     read_state,
     remove_partial_checkpoints,
+    step_of,
+    write_state,
 )
+from switchdit.engine.checkpoint_writer import SnapshotEngine, load_tensors, remove_folder, tensor_file, write_hashed
+from switchdit.engine.engine import init_processes
 from switchdit.errors import UserError
 from switchdit.files import atomic_write, sha256_of, write_json
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil_was_here",)
-
-
-def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"module": Evil()}, "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        TensorsOnlyCheckpointEngine().load("evil.pt")
-    assert not (tmp_path / "evil_was_here").exists()
-
-
-def test_tensors_survive(tmp_path):
-    engine = TensorsOnlyCheckpointEngine()
-    state = {"a": torch.randn(3), "b": [1, {"c": torch.ones(2, dtype=torch.bfloat16)}]}
-    engine.save(state, str(tmp_path / "x.pt"))
-    loaded = engine.load(str(tmp_path / "x.pt"))
-    assert torch.equal(loaded["a"], state["a"])
-    assert torch.equal(loaded["b"][1]["c"], state["b"][1]["c"])
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    TensorsOnlyCheckpointEngine().save({"a": torch.zeros(3)}, str(path))
-    before = path.read_bytes()
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as info:
-        TensorsOnlyCheckpointEngine().save({"a": torch.ones(3)}, str(path))
-    assert info.value.filename == str(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_torch_save_reports_a_full_disk_as_such():
-    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
-        torch.save({"a": torch.zeros(1_000_000)}, file)
-        file.flush()
 
 
 def make(root, step: int, **state):
@@ -80,8 +45,13 @@ def test_only_whole_checkpoints_are_found(tmp_path):
     assert complete_checkpoints(root) == [old, new]
     assert find_checkpoint(tmp_path / "run") == find_checkpoint(root) == find_checkpoint(new) == new
     assert find_checkpoint(old) == old
+    (root / "step_of_mine").mkdir()
+    assert checkpoint_folders(root) == [old, new, root / "step_0003000"]
+    remove_folder(old)
+    assert complete_checkpoints(root) == [new]
+    (root / ".removing_step_0000007").mkdir()
     remove_partial_checkpoints(root)
-    assert not list(root.glob(".partial*"))
+    assert not list(root.glob(".*"))
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         find_checkpoint(tmp_path)
 
@@ -90,11 +60,53 @@ def test_unreadable_state(tmp_path):
     folder = make(tmp_path, 1)
     assert read_state(folder)["step"] == 1
     (folder / "state.json").write_text('{"format_version": 2}')
-    with pytest.raises(UserError, match="another format than version 1"):
+    with pytest.raises(UserError, match="is not of format version 1"):
         read_state(folder)
     (folder / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_state(folder)
+
+
+def test_damage_is_seen_and_named(tmp_path):
+    folder = tmp_path / "step_0000001"
+    folder.mkdir()
+    files = {f"{i}.pt": write_hashed(folder / f"{i}.pt", tensor_file({"a": torch.arange(100)})) for i in range(5)}
+    write_state(folder, {"format_version": 1, "step": 1, "files": files})
+    assert damage(folder) is None
+    path, whole = folder / "3.pt", (folder / "3.pt").read_bytes()
+    path.write_bytes(whole[:-1])
+    assert damage(folder) == f"3.pt has {len(whole) - 1:,} bytes instead of {len(whole):,}"
+    path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    assert damage(folder) == "3.pt is not what was written (its SHA-256 differs)"
+    seen_by = [damage(folder, rank, 3) for rank in range(3)]
+    assert [problem is None for problem in seen_by] == [False, True, True]  # each looks at its share
+    path.unlink()
+    assert damage(folder) == "3.pt cannot be read: No such file or directory"
+    path.write_bytes(whole)
+    state = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(state.replace('"step": 1', '"step": 2'))
+    assert damage(folder) == "state.json is not what was written (its SHA-256 differs)"
+    (folder / "state.json").write_text(state.replace('"sha256": "', '"sha257": "'))
+    assert damage(folder) == "state.json is not what was written (its SHA-256 differs)"
+    (folder / "state.json").unlink()
+    assert damage(folder) == "state.json cannot be read: No such file or directory"
+    with pytest.raises(UserError, match=r"^checkpoint '.*step_0000001': state\.json cannot be read: No such file"):
+        read_state(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"../../passwd": {"bytes": 1, "sha256": "0"}}, "'../../passwd' is refused: it is no name of a file inside"),
+        ({"/etc/passwd": {"bytes": 1, "sha256": "0"}}, "'/etc/passwd' is refused"),
+        (["weights.pt"], "state.json has no table of files"),
+        ({"weights.pt": 5}, "state.json has no table of files"),
+        ({"weights.pt": {}}, "state.json has no table of files"),
+    ],
+)
+def test_a_hostile_list_of_files_is_refused(tmp_path, files, says):
+    write_state(tmp_path, {"format_version": 1, "step": 1, "files": files})
+    assert says in damage(tmp_path)
 
 
 def test_atomic_write_keeps_the_old_file_on_any_error(tmp_path):
@@ -107,3 +119,110 @@ def test_atomic_write_keeps_the_old_file_on_any_error(tmp_path):
     assert sha256_of(path) == digest
     assert json.loads(path.read_text()) == {"a": 1}
     assert len(list(path.parent.iterdir())) == 1
+
+
+class OneTensor:
+    """As much of DeepSpeed's engine and of `Ema` as `Checkpoints` asks for, in one process."""
+
+    def __init__(self):
+        self.weight = torch.zeros(1000)
+        self.module, self.device, self.checkpoint_engine = torch.nn.Module(), torch.device("cpu"), SnapshotEngine()
+
+    def save_checkpoint(self, root, tag, save_latest):
+        self.checkpoint_engine.save({"weight": self.weight}, f"{root}/{tag}/weights.pt")
+
+    def zero_optimization_stage(self):
+        return 2
+
+    def bfloat16_enabled(self):
+        return False
+
+    def state_dict(self):
+        return {"weight": self.weight.clone()}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for variable, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(variable, value)
+    init_processes()
+    (tmp_path / "checkpoints").mkdir()
+
+    def make_run(**kept) -> tuple[OneTensor, Checkpoints]:
+        engine = OneTensor()
+        return engine, Checkpoints(tmp_path / "checkpoints", engine, engine, **kept)
+
+    yield make_run
+    dist.destroy_process_group()
+
+
+ABOUT = {"model": {"name": "DiT-S/2"}}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch):
+    engine, checkpoints = run()
+    write, hold = checkpoint.tensor_file, threading.Event()
+    monkeypatch.setattr(checkpoint, "tensor_file", lambda state: lambda file: hold.wait() and write(state)(file))
+    checkpoints.save(1, ABOUT, {})
+    engine.weight += 7  # the next steps
+    assert checkpoints.writer.busy
+    assert complete_checkpoints(checkpoints.root) == []
+    threading.Timer(0.3, hold.set).start()
+    start = time.monotonic()
+    checkpoints.save(2, ABOUT, {})  # waits for the first
+    assert time.monotonic() - start > 0.2
+    checkpoints.finish()
+    one, two = complete_checkpoints(checkpoints.root)
+    assert load_tensors(one / "weights.pt")["weight"].unique().tolist() == [0]
+    assert load_tensors(two / "weights.pt")["weight"].unique().tolist() == [7]
+    assert read_ema(one)["weight"].unique().tolist() == [0]
+    assert damage(one) is damage(two) is None
+    assert (checkpoints.root / "latest").read_text() == "step_0000002\n"
+
+
+def test_what_is_kept(run):
+    _, checkpoints = run(keep_last=2, keep_every=4)
+    for step in range(1, 12):
+        checkpoints.save(step, ABOUT, {})
+    checkpoints.finish()
+    assert [step_of(path) for path in complete_checkpoints(checkpoints.root)] == [4, 8, 10, 11]
+    assert not list(checkpoints.root.glob(".*"))
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(run, monkeypatch):
+    _, checkpoints = run()
+    checkpoints.save(1, ABOUT, {})
+    checkpoints.finish()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5000))
+    before = sorted(checkpoints.root.rglob("*"))
+    with pytest.raises(UserError, match=r"^the next checkpoint needs 0\.00101 GB, but the disk .* has 5e-06 GB left"):
+        checkpoints.save(2, ABOUT, {})
+    assert sorted(checkpoints.root.rglob("*")) == before
+    monkeypatch.undo()
+    checkpoints.save(2, ABOUT, {})
+    checkpoints.finish()
+    assert len(complete_checkpoints(checkpoints.root)) == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(run, monkeypatch):
+    _, checkpoints = run()
+    checkpoints.save(1, ABOUT, {})
+    checkpoints.finish()
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    def broken(file):
+        raise RuntimeError("boom")
+
+    for write, says in (
+        (full, r"no space left on the disk that holds .*weights\.pt"),
+        (broken, "cannot be written: RuntimeError: boom"),
+    ):
+        monkeypatch.setattr(checkpoint, "tensor_file", lambda state, write=write: write)
+        checkpoints.save(2, ABOUT, {})
+        with pytest.raises(UserError, match=says):
+            checkpoints.finish()
+    assert [p.name for p in sorted(checkpoints.root.iterdir())] == ["latest", "step_0000001"]

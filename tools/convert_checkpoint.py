@@ -121,7 +121,7 @@ def to_authors(path: Path, out: Path, masks_of_blocks: bool = False) -> dict[str
     Raises:
         UserError: unreadable weights, or a model that the authors' code cannot express.
     """
-    from switchdit.engine.checkpoint import TensorsOnlyCheckpointEngine
+    from switchdit.engine.checkpoint_writer import tensor_file, write_hashed
     from switchdit.engine.reference_names import (
         check_known_to_authors,
         derived_tables,
@@ -138,7 +138,7 @@ def to_authors(path: Path, out: Path, masks_of_blocks: bool = False) -> dict[str
         if system != "DTR":
             raise UserError(f"--masks-of-blocks is for DTR; '{path}' is {system}")
         state_dict = with_masks_of_blocks(state_dict, fields["depth"])
-    TensorsOnlyCheckpointEngine().save({"ema": state_dict, "model": state_dict}, str(out))
+    write_hashed(out, tensor_file({"ema": state_dict, "model": state_dict}))
     return model
 
 

@@ -120,6 +120,10 @@ class UncertaintyWeighting:
         mean, square = self._mean / (1 - beta1**self.steps), self._square / (1 - beta2**self.steps)
         self.log_variances.sub_(self.lr * mean / (square.sqrt() + self.EPSILON))
 
+    def forget(self) -> None:
+        """Leave out the micro-batches since the last step, of a step that was skipped."""
+        self._sums.zero_()
+
     def state(self) -> dict[str, Any]:
         """What `restore` needs, in lists and numbers that JSON holds exactly."""
         return {
@@ -146,4 +150,4 @@ class UncertaintyWeighting:
                 raise UserError(f"the checkpoint's {name} has {count} timestep clusters; there must be {NUM_CLUSTERS}")
             tensor.copy_(torch.tensor(state[name]))
         self.steps = state["steps"]
-        self._sums.zero_()
+        self.forget()

@@ -1,166 +1,186 @@
-"""Checkpoints that are whole or invisible, and from which a run continues to the last bit.
+"""Checkpoints that are whole or invisible, and from which a run continues, on however many processes.
 
     <run_dir>/checkpoints/
       step_0000700/            appears by a rename when every file in it is written and synced
-        state.json             step, model, topology, what the run was
+        state.json             step, model, topology, what the run was, every file's size and SHA-256, its own SHA-256
         ema.safetensors        averaged weights, float32, experts under global ids: what sampling reads
         *.pt                   DeepSpeed's own files: weights, experts per rank, optimizer partitions
       latest                   name of the newest
 
-Nothing random is stored: data order, noise and the rest derive from (seed, step).
+Nothing random is stored: data order, noise and the rest derive from (seed, step). With the topology it was saved at, a
+run goes on to the last bit through DeepSpeed's own loading; with another, through resharding.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
+from switchdit.engine.checkpoint_writer import (
+    REMOVING,
+    CheckpointWriter,
+    commit,
+    host_bytes,
+    lack_of_space,
+    remove_folder,
+    tensor_file,
+)
 from switchdit.engine.ema import Ema
+from switchdit.engine.engine import told_by_all
+from switchdit.engine.resharding import load_resharded, optimizer_names
 from switchdit.errors import UserError
-from switchdit.files import atomic_write, sync_directory, write_json
+from switchdit.files import atomic_write, inside, make_folder, sha256_of
+from switchdit.progress import say
 
 FORMAT_VERSION = 1
 MODEL_METADATA = "switchdit_model"  # of safetensors files under our names: JSON, the arguments of `build_model`
 PARTIAL = ".partial_"
-
-# All that DeepSpeed's files hold besides tensors, numbers and containers
-SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
-
-
-class TensorsOnlyCheckpointEngine(CheckpointEngine):
-    """DeepSpeed's file access, with unpickling limited to tensors and `SAFE_CLASSES`, and files synced to disk."""
-
-    def __init__(self, config_params: Any = None):
-        super().__init__(config_params)
-        self.name = "TensorsOnlyCheckpointEngine"
-
-    def create(self, info: CheckpointCommitInfo) -> None:
-        pass
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        with atomic_write(path) as file:
-            remembering = _RememberingFile(file)
-            try:
-                torch.save(state_dict, remembering)
-            except RuntimeError:  # how torch reports whatever went wrong below it
-                if remembering.problem:
-                    raise remembering.problem from None
-                raise
-
-    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        return True
-
-
-class _RememberingFile:
-    """A file that keeps the error of a failed write, such as a full disk, which torch.save hides."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.problem = file, None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as problem:
-            self.problem = problem
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
+EMA = "ema.safetensors"
+DOCUMENTATION = 1_000_000  # bytes that state.json and the like may take besides the tensors
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoint_folders(root: str | os.PathLike) -> list[Path]:
+    """Checkpoints under ``root``, oldest first, also those that something has damaged since they were written."""
+    found = (p for p in Path(root).glob("step_*") if p.is_dir() and p.name[len("step_") :].isdecimal())
+    return sorted(found, key=step_of)
+
+
 def complete_checkpoints(root: str | os.PathLike) -> list[Path]:
-    """Whole checkpoints under ``root``, oldest first."""
-    return sorted(p.parent for p in Path(root).glob("step_*/state.json"))
+    """Checkpoints under ``root`` that have their ``state.json``, oldest first."""
+    return [path for path in checkpoint_folders(root) if (path / "state.json").is_file()]
 
 
 def remove_partial_checkpoints(root: str | os.PathLike) -> None:
-    """Delete what an interrupted save left behind. Call on one rank, before training."""
-    for left_over in Path(root).glob(f"{PARTIAL}*"):
-        shutil.rmtree(left_over)
+    """Delete what an interrupted save or removal left behind. Call on one rank, before training."""
+    for pattern in (f"{PARTIAL}*", f"{REMOVING}*"):
+        for left_over in Path(root).glob(pattern):
+            shutil.rmtree(left_over)
+    for left_over in Path(root).glob(".*.partial"):  # of `latest`
+        left_over.unlink()
 
 
-def save_checkpoint(
-    root: str | os.PathLike,
-    engine: DeepSpeedEngine,
-    ema: Ema,
-    step: int,
-    about: dict[str, Any],
-    extra: dict[str, Any],
-) -> Path:
-    """Write the state after ``step`` optimizer steps; collective.
+class Checkpoints:
+    """The checkpoints of a run, written beside training.
 
     Args:
-        about: what the run is, e.g. model name and fields; it must be the same on resume.
-        extra: what `load_checkpoint` gives back (``monitor``, ``objective``), and ``config``, from which sampling takes
-            its settings. JSON.
-
-    Returns:
-        The checkpoint's folder.
+        root: ``<run_dir>/checkpoints``.
+        keep_last: how many of the newest to keep, 0 for all; keep_every: those of every n-th step are kept besides.
     """
-    root = Path(root)
-    final, partial = root / checkpoint_name(step), root / f"{PARTIAL}{checkpoint_name(step)}"
-    first = dist.get_rank() == 0
-    try:
-        engine.save_checkpoint(str(root), tag=partial.name, save_latest=False)
-        averaged = ema.state_dict()
-        if first:
-            with atomic_write(partial / "ema.safetensors") as file:
-                file.write(save(averaged, {"format": "pt", MODEL_METADATA: json.dumps(about["model"])}))
-            state = {"format_version": FORMAT_VERSION, "step": step, "topology": _topology(engine), **about}
-            write_json(partial / "state.json", {**state, **extra})
+
+    def __init__(self, root: Path, engine: DeepSpeedEngine, ema: Ema, keep_last: int = 0, keep_every: int = 0):
+        self.root, self.engine, self.ema = root, engine, ema
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.writer = CheckpointWriter(self.rank, self.world_size)
+
+    def save(self, step: int, about: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Copy the state after ``step`` optimizer steps to host memory and begin to write it; collective.
+
+        Waits for the one before, where that is still being written.
+
+        Args:
+            about: what the run is, e.g. model name and fields; it must be the same on resume.
+            extra: what `load_checkpoint` gives back (``monitor``, ``objective``), and ``config``, from which sampling
+                takes its settings. JSON.
+
+        Raises:
+            UserError: on all processes, if the one before could not be written or there is no space for this one.
+        """
+        self.finish()
+        final, partial = self.root / checkpoint_name(step), self.root / f"{PARTIAL}{checkpoint_name(step)}"
+        self.engine.save_checkpoint(str(self.root), tag=partial.name, save_latest=False)
+        states = self.engine.checkpoint_engine.take()
+        averaged = self.ema.state_dict()
+        self._check_space(host_bytes(states) + host_bytes(averaged))
+        files = {name: tensor_file(state) for name, state in states.items()}
+        if self.rank == 0:
+            metadata = {"format": "pt", MODEL_METADATA: json.dumps(about["model"])}
+            files[EMA] = lambda file: file.write(save(averaged, metadata)) and None
+            make_folder(partial)
         dist.barrier()
-    except OSError:
-        time.sleep(1)  # the other processes come to a barrier, where they wait for this one
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if first:
-        sync_directory(partial)
-        os.replace(partial, final)
-        sync_directory(root)
-        with atomic_write(root / "latest", "w") as file:
-            file.write(final.name + "\n")
-    dist.barrier()
-    return final
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "topology": topology(self.engine),
+            "optimizer_names": optimizer_names(self.engine),
+            **about,
+            **extra,
+        }
+
+        def finish(written: dict[str, Any]) -> None:
+            write_state(partial, {**state, "files": written})
+            commit(partial, final)
+            self._retain()
+
+        self.writer.start(partial, files, finish)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole; collective.
+
+        Raises:
+            UserError: on all processes, if one of them could not write its part; nothing of it is left.
+        """
+        problems = told_by_all(self.writer.wait_until_written())
+        if not problems:
+            self.writer.wait_until_finished()
+            problems = told_by_all(self.writer.problem)  # of the first process, which gave it its name
+        if problems:
+            self.writer.give_up()
+            dist.barrier()
+            if self.rank == 0:
+                remove_partial_checkpoints(self.root)
+            raise UserError(problems[0])
+
+    def _check_space(self, mine: int) -> None:
+        needed = torch.tensor(mine, dtype=torch.int64, device=self.engine.device)
+        dist.all_reduce(needed)
+        if problems := told_by_all(lack_of_space(self.root, int(needed) + DOCUMENTATION) if self.rank == 0 else None):
+            if self.rank == 0:
+                remove_partial_checkpoints(self.root)
+            raise UserError(problems[0])
+
+    def _retain(self) -> None:
+        existing = complete_checkpoints(self.root)
+        for path in existing[: -self.keep_last] if self.keep_last else []:
+            if not self.keep_every or step_of(path) % self.keep_every:
+                try:
+                    remove_folder(path)
+                except OSError as problem:  # such as a file that somebody has open on a network's disk
+                    say(f"checkpoint {path.name}, no longer to be kept, cannot be removed: {problem.strerror}")
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """Continue from ``path``; collective. Returns the number of steps done and what ``state.json`` holds.
 
     Raises:
-        UserError: if the checkpoint is of another model, or of another topology (number of processes, ep_size, ZeRO
-            stage, precision), which DeepSpeed's partitions cannot serve.
+        UserError: if the checkpoint is of another model or run.
     """
     state = read_state(path)
     for key, value in about.items():
         if key in state and state[key] != value:  # what an older version did not write cannot be compared
             raise UserError(f"checkpoint '{path}' is of another {_difference(key, state[key], value)}")
-    if state["topology"] != _topology(engine):
-        raise UserError(
-            f"checkpoint '{path}' is of another {_difference('topology', state['topology'], _topology(engine))}"
-        )
-    engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
+    if state["topology"] == topology(engine):
+        engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
+    else:
+        load_resharded(path, state, engine)
     ema.load_state_dict(read_ema(path))
     return state["step"], state
 
@@ -180,34 +200,87 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     raise UserError(f"'{path}' holds no complete checkpoint (a run's folder, or .../checkpoints/step_NNNNNNN)")
 
 
+def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Of several processes each looks at its share of them."""
+    try:
+        files = _checked_state(path).get("files", {})  # of an older version, without checksums: nothing to compare
+        for name in sorted(files)[rank::world_size]:
+            file = inside(path, name)
+            if (size := file.stat().st_size) != files[name]["bytes"]:
+                return f"{name} has {size:,} bytes instead of {files[name]['bytes']:,}"
+            if sha256_of(file) != files[name]["sha256"]:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except OSError as problem:
+        return f"{Path(problem.filename).name} cannot be read: {problem.strerror}"
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write ``state.json`` with the SHA-256 of its own content as the last entry."""
+    with atomic_write(folder / "state.json", "w") as file:
+        json.dump({**state, "sha256": _sha256_of_state(state)}, file, indent=2)
+        file.write("\n")
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        UserError: if it cannot be read, or is not what was written.
+    """
+    try:
+        return _checked_state(path)
+    except OSError as problem:
+        raise UserError(f"checkpoint '{path}': state.json cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise UserError(f"checkpoint '{path}': {problem}") from None
+
+
+def _checked_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"checkpoint '{path}' cannot be read: {problem}") from None
+    except ValueError as problem:
+        raise ValueError(f"state.json cannot be read: {problem}") from None
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint '{path}' has another format than version {FORMAT_VERSION}, which this program reads"
-        )
+        raise ValueError(f"state.json is not of format version {FORMAT_VERSION}, which this program reads")
+    recorded = state.pop("sha256", None)
+    if recorded is None and "files" not in state:  # an older version wrote neither
+        return state
+    if recorded != _sha256_of_state(state):
+        raise ValueError("state.json is not what was written (its SHA-256 differs)")
+    files = state.get("files")
+    entries = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        raise ValueError("state.json has no table of files with bytes and sha256")
     return state
 
 
 def read_ema(path: Path) -> dict[str, torch.Tensor]:
     """Averaged weights of a checkpoint, float32, experts under global ids."""
+    recorded = read_state(path).get("files", {}).get(EMA)
     try:
-        return load_file(path / "ema.safetensors")
+        content = (path / EMA).read_bytes()
+        if recorded and hashlib.sha256(content).hexdigest() != recorded["sha256"]:
+            raise UserError(f"checkpoint '{path}': {EMA} is not what was written (its SHA-256 differs)")
+        return load(content)
     except (OSError, SafetensorError) as problem:
-        raise UserError(f"checkpoint '{path}': ema.safetensors cannot be read: {problem}") from None
+        raise UserError(f"checkpoint '{path}': {EMA} cannot be read: {problem}") from None
 
 
-def _topology(engine: DeepSpeedEngine) -> dict[str, Any]:
+def topology(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """How a run is spread: what DeepSpeed's files depend on."""
     return {
         "world_size": dist.get_world_size(),
         "ep_size": getattr(engine.module, "ep_size", 1),
         "zero_stage": int(engine.zero_optimization_stage()),
         "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
     }
+
+
+def _sha256_of_state(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(key: str, theirs: Any, ours: Any) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from torch import Tensor
 
+from switchdit.engine.fragments import fragment
 from switchdit.engine.global_state import gather_experts, local_view
 
 
@@ -33,17 +36,15 @@ class Ema:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged model, float32 on the CPU, experts under global ids; collective, the whole on every rank."""
+        """The averaged model, float32 on the CPU, experts under global ids; collective.
+
+        The first process gets the whole, parameter by parameter; the others get nothing.
+        """
         full = {}
-        for parameter, name in self.names.items():
-            if not parameter.requires_grad:
-                full[name] = parameter.detach().float()
-            elif self.sharded:
-                full[name] = self._gather(parameter)
-        if not self.sharded:
-            trainable = (name for p, name in self.names.items() if p.requires_grad)
-            full |= dict(zip(trainable, self.shadow, strict=True))
-        return {name: value.cpu() for name, value in gather_experts(self.engine.module, full).items()}
+        for part in self._whole_parameters():
+            if dist.get_rank() == 0:
+                full |= {name: value.to("cpu", copy=True) for name, value in part.items()}
+        return full
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -55,23 +56,29 @@ class Ema:
                 shadow.copy_(local[name])
             return
         for parameter, name in self.names.items():
-            if parameter.requires_grad and (fragment := self._fragment(parameter)):
-                mine, start, numel = fragment
-                mine.copy_(local[name].flatten()[start : start + numel])
+            if parameter.requires_grad and (found := fragment(parameter)):
+                mine = self.shadow[found.group].narrow(0, found.start, found.numel)
+                mine.copy_(local[name].flatten()[found.start_in_parameter :][: found.numel])
 
-    def _fragment(self, parameter: Tensor) -> tuple[Tensor, int, int] | None:
-        """This rank's piece of a parameter: a view of ``shadow``, and where it starts in the flattened parameter."""
-        mapping = parameter._hp_mapping
-        if mapping is None:  # lives wholly on other ranks
-            return None
-        where, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        mine = self.shadow[mapping.param_group_index].narrow(0, where.start, where.numel)
-        return mine, whole.start, whole.numel
+    def _whole_parameters(self) -> Iterator[dict[str, Tensor]]:
+        """One after the other, on the processes of the first expert-parallel group; of an expert, all its peers."""
+        model = self.engine.module
+        in_first_group = dist.get_rank() < getattr(model, "ep_size", 1)
+        shadows = iter(self.shadow)
+        for parameter, name in self.names.items():
+            if not parameter.requires_grad:
+                value = parameter.detach().float()
+            else:
+                value = self._collect(parameter) if self.sharded else next(shadows)
+            if in_first_group:
+                yield gather_experts(model, {name: value})
 
-    def _gather(self, parameter: Tensor) -> Tensor:
+    def _collect(self, parameter: Tensor) -> Tensor:
+        """The average of a whole parameter, on the first process of those that share it."""
         full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if fragment := self._fragment(parameter):
-            mine, start, numel = fragment
-            full[start : start + numel] = mine
-        dist.all_reduce(full, group=parameter._dp_group)
+        if found := fragment(parameter):
+            mine = self.shadow[found.group].narrow(0, found.start, found.numel)
+            full[found.start_in_parameter :][: found.numel] = mine
+        group = parameter._dp_group
+        dist.reduce(full, dist.get_global_rank(group, 0), group=group)
         return full.view_as(parameter)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import deepspeed
@@ -20,7 +22,8 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from switchdit.engine.checkpoint import TensorsOnlyCheckpointEngine
+from switchdit.engine.checkpoint_writer import SnapshotEngine
+from switchdit.engine.clipping import clip_gradients
 from switchdit.errors import UserError
 
 T = TypeVar("T")
@@ -40,15 +43,36 @@ class Processes:
         return self.rank == 0
 
 
+# What launchers call this process's rank, the number of processes, and its rank within the machine
+RANK_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun, the scripts in launchers/
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun: not SLURM_NTASKS, which a job's shell has too
+)
+
+
 def init_processes() -> Processes:
-    """Join the process group that the launcher describes in the environment; alone without a launcher.
+    """Join the process group that the launcher describes in the environment (`RANK_VARIABLES`); alone without one.
 
     NCCL on CUDA, gloo on the CPU. DeepSpeed's own messages are kept to warnings.
+
+    Raises:
+        UserError: if several processes were started by MPI or srun without MASTER_ADDR, where they could meet.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls in DeepSpeed
-    if "WORLD_SIZE" not in os.environ:  # no launcher: alone, beside whatever else runs on this machine
-        os.environ["MASTER_PORT"] = str(_free_port())
+    if "WORLD_SIZE" not in os.environ:
+        theirs = next((names for names in RANK_VARIABLES if all(name in os.environ for name in names)), None)
+        if theirs and int(os.environ[theirs[1]]) > 1:
+            os.environ.update({ours: os.environ[name] for ours, name in zip(RANK_VARIABLES[0], theirs, strict=True)})
+            if "MASTER_ADDR" not in os.environ:
+                raise UserError(
+                    f"MASTER_ADDR is not set, but {theirs[1]} is {os.environ[theirs[1]]}: it must name the machine of "
+                    "rank 0; launchers/mpi.sh and launchers/slurm.sh set it"
+                )
+        else:  # alone, beside whatever else runs on this machine
+            os.environ["MASTER_PORT"] = str(_free_port())
     for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -77,12 +101,23 @@ def agree(validate: Callable[[], T]) -> T:
         result = validate()
     except UserError as problem:
         mistake = str(problem)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mistake)
-    for rank, message in enumerate(everyone):
-        if message:
-            raise UserError(message if rank == 0 else f"(process {rank}) {message}")
+    if messages := told_by_all(mistake):
+        raise UserError(messages[0])
     return result
+
+
+def told_by_all(message: str | None) -> list[str]:
+    """What processes have to say, those with None left out: the same list on all of them; collective."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, message)
+    return [text if rank == 0 else f"(process {rank}) {text}" for rank, text in enumerate(everyone) if text]
+
+
+def from_first(value: T) -> T:
+    """What the first process has; collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def on_gpu() -> bool:
@@ -100,11 +135,14 @@ def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspee
         UserError: if DeepSpeed refuses the configuration.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if "bf16" in deepspeed_config:  # in float32 ZeRO's optimizer looks by itself
+        deepspeed_config["bf16"].setdefault("check_grad_overflow", True)
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=deepspeed_config)
     except (deepspeed.runtime.config.DeepSpeedConfigError, pydantic.ValidationError) as problem:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
-    engine.checkpoint_engine = TensorsOnlyCheckpointEngine()
+    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # called without ZeRO alone
+    engine.checkpoint_engine = SnapshotEngine()
     engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py cannot read expert checkpoints
     return engine
 
@@ -116,9 +154,9 @@ def set_optimizer(engine: deepspeed.DeepSpeedEngine, **settings: Any) -> None:
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """Norm of the last step's gradient before clipping; None where DeepSpeed does not compute one."""
+    """Norm of the last step's gradient before clipping; None where DeepSpeed computes none or it is not finite."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return None if norm is None or not math.isfinite(norm) else float(norm)
 
 
 def _free_port() -> int:

@@ -18,10 +18,20 @@ from switchdit.moe.layer import RoutedMoE
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 
 
-def _mixtures(model: nn.Module) -> Iterator[tuple[str, RoutedMoE]]:
+def mixtures(model: nn.Module) -> Iterator[tuple[str, RoutedMoE]]:
+    """All mixtures of a model, each with what the names of its experts' parameters begin with."""
     for name, module in model.named_modules():
         if isinstance(module, RoutedMoE):
             yield f"{name}.{EXPERTS}", module
+
+
+def global_name(local_name: str, first_expert: int) -> str:
+    """A parameter's name with ``ep_size=1``, given the global id of the first expert of the process it lives on."""
+    layer, is_expert, rest = local_name.partition(EXPERTS)
+    if not is_expert:
+        return local_name
+    local, field = rest.split(".", 1)
+    return f"{layer}{EXPERTS}{first_expert + int(local)}.{field}"
 
 
 def gather_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -30,7 +40,7 @@ def gather_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
     Collective over the expert-parallel group when ``ep_size > 1``; every rank gets the whole.
     """
     out = dict(tensors)
-    for prefix, moe in _mixtures(model):
+    for prefix, moe in mixtures(model):
         if moe.ep_size == 1:
             continue
         group = groups._get_expert_parallel_group(moe.expert_group_name)
@@ -46,22 +56,22 @@ def gather_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
 
 def global_names(model: nn.Module) -> list[str]:
     """Names of the state dict of the same model with ``ep_size=1``."""
-    mixtures = dict(_mixtures(model))
+    of_layer = dict(mixtures(model))
     names = []
     for name in model.state_dict():
-        prefix = next((p for p in mixtures if name.startswith(p)), None)
+        prefix = next((p for p in of_layer if name.startswith(p)), None)
         if prefix is None:
             names.append(name)
         elif name.startswith(f"{prefix}0."):
             field = name.removeprefix(f"{prefix}0.")
-            names.extend(f"{prefix}{j}.{field}" for j in range(mixtures[prefix].num_experts))
+            names.extend(f"{prefix}{j}.{field}" for j in range(of_layer[prefix].num_experts))
     return names
 
 
 def local_view(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a global state dict that belongs to this rank, under its local names."""
     out = dict(state_dict)
-    for prefix, moe in _mixtures(model):
+    for prefix, moe in mixtures(model):
         of_layer = {n: out.pop(n) for n in list(out) if n.startswith(prefix)}
         for name, value in of_layer.items():
             expert, field = name.removeprefix(prefix).split(".", 1)

@@ -3,11 +3,13 @@
 Scalars: loss/{total,mse,vlb,prior,balance}, loss_by_timestep/NNN-NNN (mse), train/{lr,grad_norm,images_per_second}.
 Of experts that tokens choose: routing/{most,least}_used_expert, relative to an equal share.
 Images: samples/ema (one row per class), routing/task_expert_map (gates left, matched prior right; paper, Fig. 6).
+``faults.jsonl`` has a line for each step that was skipped or whose loss was a spike, with the samples it saw.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from switchdit.engine.engine import Processes
 from switchdit.engine.objective import TERMS
-from switchdit.files import atomic_write
+from switchdit.files import DISK_FULL, append_line, atomic_write
 from switchdit.progress import say
 
 NUM_BINS = 10
@@ -29,29 +31,49 @@ class Monitor:
     """Sums losses on the device and, at logging steps alone, reduces them over all processes and writes them.
 
     Args:
-        run_dir: gets ``tensorboard/`` and ``log.jsonl``, written by the first process.
+        run_dir: gets ``tensorboard/``, ``log.jsonl`` and ``faults.jsonl``, written by the first process.
+        log_every: steps from one `log` to the next.
         first_step: steps done before; whatever an interrupted run logged beyond is dropped.
     """
 
-    def __init__(self, run_dir: Path, processes: Processes, num_timesteps: int, global_batch: int, first_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        processes: Processes,
+        num_timesteps: int,
+        global_batch: int,
+        log_every: int,
+        first_step: int,
+    ):
         self.processes, self.num_timesteps, self.global_batch = processes, num_timesteps, global_batch
-        self.writer, self.log_file = None, None
+        self.writer, self.log_path, self.faults_path = None, run_dir / "log.jsonl", run_dir / "faults.jsonl"
         if processes.is_first:
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-            self.log_file = _continue_log(run_dir / "log.jsonl", first_step)
-        # per term: sum and count; per bin of timesteps: sum and count of the squared error
-        self.sums = torch.zeros(len(TERMS) + 1 + 2 * NUM_BINS, dtype=torch.float64, device=processes.device)
+            threading.excepthook = _quiet_on_full_disk
+            for path in (self.log_path, self.faults_path):
+                if path.exists():
+                    _cut_log(path, first_step)
+        # per term: sum and count; per bin of timesteps: sum and count of the squared error; per step: sum and count
+        # of the total loss. Where a loss is not finite nothing is added.
+        sizes = (len(TERMS) + 1, 2 * NUM_BINS, 2 * log_every)
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64, device=processes.device)
+        self.terms, by_bin, by_step = self.sums.split(sizes)
+        self.by_bin, self.by_step = by_bin.view(2, NUM_BINS), by_step.view(log_every, 2)
         self._restart(first_step)
 
-    def add(self, terms: dict[str, Tensor], mse: Tensor, t: Tensor) -> None:
-        """A micro-batch: scalar loss terms, and (n,) squared errors at (n,) timesteps. No host synchronisation."""
-        values = torch.stack([terms[name].detach().double() for name in TERMS])
-        self.sums[: len(TERMS)] += values
-        self.sums[len(TERMS)] += 1
-        bins = t * NUM_BINS // self.num_timesteps
-        by_bin = self.sums[len(TERMS) + 1 :].view(2, NUM_BINS)
-        by_bin[0].index_add_(0, bins, mse.detach().double())
-        by_bin[1].index_add_(0, bins, torch.ones_like(mse, dtype=torch.float64))
+    def add(self, step: int, terms: dict[str, Tensor], mse: Tensor, t: Tensor) -> None:
+        """A micro-batch of the ``step``-th step: scalar loss terms, and (n,) squared errors at (n,) timesteps.
+
+        No host synchronisation.
+        """
+        values = torch.stack([terms[name].detach().double() for name in TERMS] + [self.terms.new_ones(())])
+        values = torch.where(values.isfinite().all(), values, 0.0)
+        self.terms += values
+        self.by_step[(step - 1) % len(self.by_step)] += values[[0, -1]]
+        errors = mse.detach().double()
+        bins, finite = t * NUM_BINS // self.num_timesteps, errors.isfinite()
+        self.by_bin[0].index_add_(0, bins, torch.where(finite, errors, 0.0))
+        self.by_bin[1].index_add_(0, bins, finite.double())
 
     def state(self) -> list[list[float]]:
         """The sums since the last log of every process, for a checkpoint; collective."""
@@ -60,35 +82,55 @@ class Monitor:
         return torch.stack(everyone).tolist()
 
     def restore(self, state: list[list[float]]) -> None:
-        """Go on with the sums of `state`, so that a resumed run logs what the uninterrupted one does."""
-        self.sums.copy_(torch.tensor(state[self.processes.rank], dtype=torch.float64))
+        """Go on with the sums of `state`, so that a resumed run logs what the uninterrupted one does.
 
-    def log(self, step: int, num_steps: int, lr: float, grad_norm: float | None) -> dict[str, float]:
-        """Means since the last call over all processes, written at ``step``; collective."""
+        With another number of processes the first goes on with the sums of all.
+        """
+        sums = torch.tensor(state, dtype=torch.float64)
+        if sums.shape[1] != len(self.sums):  # logged at other steps than before
+            return
+        if len(state) == self.processes.world_size:
+            self.sums.copy_(sums[self.processes.rank])
+        elif self.processes.is_first:
+            self.sums.copy_(sums.sum(0))
+
+    def log(self, step: int, num_steps: int, lr: float, grad_norm: float | None) -> dict[int, float]:
+        """Write the means since the last call over all processes at ``step``; collective.
+
+        Returns:
+            The mean loss of each step since, without those that had none.
+        """
         dist.all_reduce(self.sums)
-        sums = self.sums.tolist()
-        terms, count = sums[: len(TERMS)], sums[len(TERMS)]
-        by_bin = np.array(sums[len(TERMS) + 1 :]).reshape(2, NUM_BINS)
+        *terms, count = self.terms.tolist()
         rate = (step - self.last_step) * self.global_batch / (time.perf_counter() - self.last_time)
-        scalars = {f"loss/{name}": value / count for name, value in zip(TERMS, terms, strict=True)}
+        scalars = {f"loss/{name}": value / count for name, value in zip(TERMS, terms, strict=True) if count}
         scalars["train/lr"] = lr
         if grad_norm is not None:
             scalars["train/grad_norm"] = grad_norm
         scalars["train/images_per_second"] = rate
-        for i, (total, samples) in enumerate(by_bin.T):
+        for i, (total, samples) in enumerate(self.by_bin.T.tolist()):
             if samples:
                 low, high = i * self.num_timesteps // NUM_BINS, (i + 1) * self.num_timesteps // NUM_BINS - 1
                 scalars[f"loss_by_timestep/{low:03d}-{high:03d}"] = total / samples
         if self.writer:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
-            self.log_file.write(json.dumps({"step": step, **scalars}) + "\n")
-            self.log_file.flush()
-            losses = "  ".join(f"{name} {scalars['loss/' + name]:.4f}" for name in TERMS if scalars["loss/" + name])
+            append_line(self.log_path, json.dumps({"step": step, **scalars}))
+            shown = [(name, scalars.get(f"loss/{name}")) for name in TERMS]
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in shown if value) or "not finite"
             norm = "" if grad_norm is None else f"  grad {grad_norm:.3f}"
             say(f"step {step}/{num_steps}  loss: {losses}{norm}  lr {lr:.2e}  {rate:.0f} images/s")
+        by_step, length = self.by_step.tolist(), len(self.by_step)
+        steps = ((s, *by_step[(s - 1) % length]) for s in range(max(0, step - length) + 1, step + 1))
+        losses = {s: total / number for s, total, number in steps if number}
         self._restart(step)
-        return scalars
+        return losses
+
+    def fault(self, step: int, what: str, samples: list[int], **values: float) -> None:
+        """A line in ``faults.jsonl``: ``what`` happened at ``step``, and which images of the data set it saw."""
+        if self.writer:
+            self.writer.add_scalar(f"faults/{what}", 1, step)
+            append_line(self.faults_path, json.dumps({"step": step, "what": what, **values, "samples": samples}))
 
     def log_samples(self, step: int, images: np.ndarray) -> None:
         """A picture (H, W, 3) uint8."""
@@ -111,7 +153,6 @@ class Monitor:
     def close(self) -> None:
         if self.writer:
             self.writer.close()
-            self.log_file.close()
 
     def _restart(self, step: int) -> None:
         self.sums.zero_()
@@ -134,15 +175,20 @@ def routing_picture(task_expert_map: np.ndarray, prior: np.ndarray, assignment: 
     return np.concatenate([left, gap, right], axis=1)
 
 
-def _continue_log(path: Path, first_step: int):
+def _quiet_on_full_disk(problem: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes on a thread, whose full disk is also met by what is written next, and told in a line there."""
+    if not (isinstance(problem.exc_value, OSError) and problem.exc_value.errno in DISK_FULL):
+        threading.__excepthook__(problem)
+
+
+def _cut_log(path: Path, first_step: int) -> None:
+    """Keep the lines up to ``first_step``."""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= first_step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # cut off by an interruption
-                continue
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                kept.append(line)
+        except json.JSONDecodeError:  # cut off by an interruption
+            continue
     with atomic_write(path, "w") as file:
         file.writelines(kept)
-    return open(path, "a")

@@ -175,6 +175,10 @@ class Objective:
         if self.loss.weighting == "uncertainty":
             self.weighting.step(add_over_processes)
 
+    def skip_step(self) -> None:
+        """In place of `finish_step`, where the optimizer took no step."""
+        self.weighting.forget()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of this."""
         return self.weighting.state() if self.loss.weighting == "uncertainty" else {}

@@ -5,56 +5,113 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import yaml
+from deepspeed import comm as dist
 
 import switchdit
 from switchdit.config import Config, config_to_dict
-from switchdit.engine.checkpoint import complete_checkpoints, find_checkpoint, read_state, remove_partial_checkpoints
-from switchdit.errors import UserError
+from switchdit.engine.checkpoint import (
+    checkpoint_folders,
+    damage,
+    find_checkpoint,
+    read_state,
+    remove_partial_checkpoints,
+)
+from switchdit.errors import UserError, without_passwords
 from switchdit.files import atomic_write, write_json
+from switchdit.progress import say
 
 
-def choose_checkpoint(config: Config, resume: str | None) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh start; nothing is written.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to continue from; None for a fresh start.
+        damaged: newer ones of the run that cannot be used, each with what is wrong with it.
+    """
+
+    checkpoint: Path | None = None
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+
+def candidates(config: Config, resume: str | None) -> list[Path]:
+    """Checkpoints to continue from, the first choice first; none for a fresh start. Nothing is written.
 
     Args:
-        resume: None, ``"auto"`` (the newest whole checkpoint of the run, or a fresh start), or a checkpoint's path.
+        resume: None, ``"auto"`` (the run's own, the newest first, or a fresh start), or a checkpoint's path.
 
     Raises:
-        UserError: if the run's folder holds checkpoints that would be mixed up, a named checkpoint is not whole, or it
-            lies beyond ``train.steps``.
+        UserError: if the run's folder holds checkpoints that would be mixed up, or a named checkpoint is not whole.
     """
     path = Path(config.run_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir '{path}' is a file")
-    existing = complete_checkpoints(path / "checkpoints")
+    existing = checkpoint_folders(path / "checkpoints")
     if resume is None:
         if existing:
             raise UserError(
                 f"run_dir '{path}' already holds checkpoints up to {existing[-1].name}; "
                 "continue with --resume auto, or choose another run_dir"
             )
-        return None
+        return []
     if resume == "auto":
-        chosen = existing[-1] if existing else None
-    else:
-        chosen = find_checkpoint(resume)
-        if existing and chosen.resolve() != existing[-1].resolve():
-            raise UserError(
-                f"run_dir '{path}' holds checkpoints up to {existing[-1].name}; to continue from '{chosen}' "
-                "choose another run_dir"
-            )
-    if chosen and (step := read_state(chosen)["step"]) > config.train.steps:
-        raise UserError(f"train.steps is {config.train.steps}, but checkpoint '{chosen}' is already at step {step}")
-    return chosen
+        return existing[::-1]
+    chosen = find_checkpoint(resume)
+    if existing and chosen.resolve() != existing[-1].resolve():
+        raise UserError(
+            f"run_dir '{path}' holds checkpoints up to {existing[-1].name}; to continue from '{chosen}' "
+            "choose another run_dir"
+        )
+    return [chosen]
+
+
+def choose_start(
+    config: Config, found: list[Path], resume: str | None, agree: Callable[[str | None], list[str]]
+) -> Start:
+    """The first of ``found`` whose files are what was written; each process looks at its share of them.
+
+    Args:
+        agree: gives what this process complains of, or None, to all, and returns all complaints.
+
+    Raises:
+        UserError: if none is left, or the one chosen lies beyond ``train.steps``.
+    """
+    damaged = []
+    for path in found:
+        if complaints := agree(damage(path, dist.get_rank(), dist.get_world_size())):
+            damaged.append((path, complaints[0]))
+            continue
+        if (step := read_state(path)["step"]) > config.train.steps:
+            raise UserError(f"train.steps is {config.train.steps}, but checkpoint '{path}' is already at step {step}")
+        return Start(path, tuple(damaged))
+    if damaged:
+        told = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+        where = f"checkpoint '{found[0]}' is" if resume != "auto" else f"all checkpoints of '{config.run_dir}' are"
+        raise UserError(f"{where} damaged, and there is nothing to continue from: {told}")
+    return Start()
+
+
+def put_aside(start: Start) -> None:
+    """Rename damaged checkpoints of a run, so that their names are free again; on the first process."""
+    for path, problem in start.damaged:
+        aside = path.with_name(f"damaged_{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.replace(path, aside)
+        say(f"checkpoint {path.name} is damaged ({problem}): now {aside.name}, going back to {start.checkpoint.name}")
 
 
 def write_run_files(config: Config, deepspeed_config: dict[str, Any], world_size: int) -> None:
@@ -65,7 +122,10 @@ def write_run_files(config: Config, deepspeed_config: dict[str, Any], world_size
     with atomic_write(path / "config.yaml", "w") as file:
         yaml.safe_dump(config_to_dict(config), file, sort_keys=False)
     write_json(path / "deepspeed_config.json", deepspeed_config)
-    write_json(path / "version.json", {**versions(), "command": sys.argv, "processes": world_size})
+    write_json(
+        path / "version.json",
+        {**versions(), "command": [without_passwords(word) for word in sys.argv], "processes": world_size},
+    )
 
 
 def versions() -> dict[str, str]:

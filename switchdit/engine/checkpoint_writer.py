@@ -1,0 +1,252 @@
+"""Checkpoints are written beside training: what DeepSpeed wants to save is copied to host memory, and a thread of each
+process writes it.
+
+A process that has written its files leaves a list of them with their SHA-256 in the unfinished folder. The first
+process waits for all these lists, writes ``state.json``, and only then gives the folder its name. No communication is
+needed for that but the folder itself, so that nothing of it can be in training's way.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from switchdit.files import DISK_FULL, atomic_write, sync_directory, write_json
+
+REMOVING = ".removing_"
+POLL = 0.05  # seconds between looks for the other processes' lists
+
+# All that DeepSpeed's files hold besides tensors, numbers and containers
+SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+
+Write = Callable[[IO[bytes]], None]
+
+
+class SnapshotEngine(CheckpointEngine):
+    """DeepSpeed's file access: saving copies to host memory, and loading unpickles tensors and `SAFE_CLASSES` alone.
+
+    Attributes:
+        pending: what was saved since the last `take`: path -> state with tensors on the CPU.
+    """
+
+    def __init__(self, config_params: Any = None):
+        super().__init__(config_params)
+        self.name = "SnapshotEngine"
+        self.pending: dict[str, Any] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        self.pending = {}
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        self.pending[path] = to_host(state_dict)
+
+    def take(self) -> dict[str, Any]:
+        """The snapshot, by file name, which this engine forgets."""
+        taken, self.pending = {Path(path).name: state for path, state in self.pending.items()}, {}
+        return taken
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        return load_tensors(path, map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+
+def load_tensors(path: str | os.PathLike, map_location: Any = None, mmap: bool = False) -> dict[str, Any]:
+    """A file of DeepSpeed's; nothing but tensors, plain values and `SAFE_CLASSES` is unpickled."""
+    with torch.serialization.safe_globals(SAFE_CLASSES):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+def to_host(value: Any) -> Any:
+    """A copy of nested containers with every tensor copied to the CPU, without what else its storage holds."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((key, to_host(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(to_host(item) for item in value)
+    return value
+
+
+def host_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    items = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else ()
+    return sum(map(host_bytes, items))
+
+
+def tensor_file(state: dict[str, Any]) -> Write:
+    """What writes ``state`` as DeepSpeed would."""
+
+    def write(file: _HashingFile) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError:  # how torch reports whatever went wrong below it
+            if file.problem:
+                raise file.problem from None
+            raise
+
+    return write
+
+
+class _HashingFile:
+    """A file that knows its bytes' number and SHA-256, and the error of a failed write, which torch.save hides."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest, self.size, self.problem = file, hashlib.sha256(), 0, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as problem:
+            self.problem = problem
+            raise
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class CheckpointWriter:
+    """Writes this process's part of one checkpoint at a time, on a thread.
+
+    Attributes:
+        problem: why the last checkpoint could not be written; None while all is well.
+    """
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        self.problem: str | None = None
+        self._thread, self._written, self._given_up = None, threading.Event(), threading.Event()
+
+    def start(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
+        """Begin to write ``files`` (name -> what writes it) into the folder ``partial``.
+
+        ``finish`` is called by the first process with every file of all processes (name -> bytes and sha256).
+        """
+        self.problem = None
+        self._written.clear()
+        self._given_up.clear()
+        self._thread = threading.Thread(
+            target=self._run, args=(partial, files, finish), name="checkpoint writer", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait_until_written(self) -> str | None:
+        """Wait for this process's files. Returns what went wrong."""
+        if self._thread is not None:
+            self._written.wait()
+        return self.problem
+
+    def wait_until_finished(self) -> None:
+        """Wait for the checkpoint to be whole; all processes must have written their files without a problem."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def give_up(self) -> None:
+        """Stop waiting for processes that cannot write their part; the problem has been told."""
+        self._given_up.set()
+        self.wait_until_finished()
+        self.problem = None
+
+    def _run(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
+        try:
+            done = {name: write_hashed(partial / name, write) for name, write in files.items()}
+            write_json(partial / _list_name(self.rank), done)
+            self._written.set()
+            if self.rank == 0 and (everything := self._gather(partial)) is not None:
+                finish(everything)
+        except Exception as problem:  # whatever it is, it must not end the thread unheard
+            self.problem = _described(problem, partial)
+        finally:
+            self._written.set()
+
+    def _gather(self, partial: Path) -> dict[str, Any] | None:
+        names = {_list_name(rank) for rank in range(self.world_size)}
+        while not names <= set(os.listdir(partial)):
+            if self._given_up.wait(POLL):
+                return None
+        everything = {}
+        for name in sorted(names):
+            everything |= json.loads((partial / name).read_text(encoding="utf-8"))
+        for name in names:
+            (partial / name).unlink()
+        return everything
+
+
+def _list_name(rank: int) -> str:
+    return f"files_of_rank_{rank:05d}.json"
+
+
+def write_hashed(path: Path, write: Write) -> dict[str, Any]:
+    """Write a file atomically; returns its ``bytes`` and ``sha256``."""
+    with atomic_write(path) as file:
+        hashing = _HashingFile(file)
+        write(hashing)
+    return {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Give a folder whose files are synced its name, and let ``latest`` beside it say so; durable, and in this order.
+
+    ``latest`` never names what is not there, and a checkpoint that is there without it is found all the same.
+    """
+    sync_directory(partial)
+    os.replace(partial, final)
+    sync_directory(final.parent)
+    with atomic_write(final.parent / "latest", "w") as file:
+        file.write(final.name + "\n")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for one."""
+    going = path.with_name(f"{REMOVING}{path.name}")
+    os.replace(path, going)
+    shutil.rmtree(going)
+
+
+def lack_of_space(root: Path, needed: int) -> str | None:
+    """What is wrong if the disk that holds ``root`` has not ``needed`` bytes left."""
+    free = shutil.disk_usage(root).free
+    if free >= needed:
+        return None
+    return (
+        f"the next checkpoint needs {needed / 1e9:.3g} GB, but the disk that holds '{root}' has {free / 1e9:.3g} GB "
+        "left; nothing was written and the checkpoints before it are whole. Free some, or set monitor.keep_last"
+    )
+
+
+def _described(problem: Exception, partial: Path) -> str:
+    if not isinstance(problem, OSError):
+        told = " ".join(f"{type(problem).__name__}: {problem}".split())
+        return f"the checkpoint {partial} cannot be written: {told}"
+    where = problem.filename or partial
+    if problem.errno in DISK_FULL:
+        return f"no space left on the disk that holds {where}; nothing half-written was kept"
+    if problem.errno == errno.ENOENT:
+        return f"{where} vanished while the checkpoint was written; is something else deleting files there?"
+    return f"the checkpoint {partial} cannot be written: {problem.strerror or problem}"
