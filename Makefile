@@ -8,11 +8,11 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint extract-latents train sample eval-fid tensorboard
+.PHONY: help setup demo test test-slow faults parity soak bench lint extract-latents train sample eval-fid tensorboard
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^$$/p'
-	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: bench lint setup test-slow"
+	@echo "doors: extract-latents train sample eval-fid tensorboard; for developers: bench faults lint parity setup soak test-slow"
 
 setup:
 	@tools/setup_environment.sh
@@ -27,9 +27,22 @@ test: setup
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
 
-# seconds and memory of the metrics on 50,000 synthetic features (5 to 10 minutes)
+# 100 tiny trainings, each killed or damaged at a random point and resumed (5 to 10 minutes): [ARGS="--runs 200 --seed 1"]
+faults: setup
+	@$(BIN)/python tests/fault_campaign.py --runs 100 $(ARGS)
+
+# gradients of every combination of ZeRO, ep_size, dispatch, precision, ... against one process (an hour or more; ARGS=--sample)
+parity: setup
+	@$(BIN)/python tests/gradient_parity.py $(ARGS)
+
+# 20,000 steps on two processes, whose memory and open files must not grow (half an hour): [ARGS="--steps 3000"]
+soak: setup
+	@$(BIN)/python tests/soak.py $(ARGS)
+
+# [WHAT=metrics|latents|scaling] [ARGS="..."]: seconds and memory of the metrics on 50,000 synthetic features (5 to 10
+# minutes), of reading latents, weak scaling of training on this machine
 bench: setup
-	@$(BIN)/python tools/bench_metrics.py $(ARGS)
+	@$(BIN)/python tools/bench_$(or $(WHAT),metrics).py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -98,6 +98,10 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int)
         if not isinstance(values.get(key, {}), dict):
             raise UserError(f"DeepSpeed config '{path}': '{key}' must be an object, not {values[key]!r}")
     zero = values.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if not isinstance(offload, dict):
+        raise UserError(f"DeepSpeed config '{path}': 'offload_optimizer' must be an object, not {offload!r}")
+    device = offload.get("device", "none")
     stage = zero.get("stage", 0)
     bf16 = values.get("bf16", {}).get("enabled", False)
     fp16 = values.get("fp16", {}).get("enabled", False)
@@ -108,6 +112,14 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int)
         (stage not in (0, 1, 2), f"zero_optimization.stage is {stage}; with DeepSpeed's MoE it must be 0, 1 or 2"),
         (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),
         (stage == 2 and not zero.get("reduce_scatter", True), "ZeRO-2 with MoE needs reduce_scatter"),
+        (device not in ("cpu", "none"), f"offload_optimizer.device is {device!r}; it must be 'cpu' or 'none'"),
+        (stage == 0 and device == "cpu", "offload_optimizer needs zero_optimization.stage 1 or 2"),
+        (bool(zero.get("offload_param")), "offload_param needs zero_optimization.stage 3, which MoE cannot have"),
+        (bool(zero.get("zenflow")), "zenflow is not supported: the average would follow weights that lag behind"),
+        (
+            values.get("bf16", {}).get("bf16_master_weights_and_grads", False),
+            "bf16_master_weights_and_grads is not supported: masters and their average are float32",
+        ),
         (stage == 0 and bf16, "bf16 needs zero_optimization.stage 1 or 2, which keep float32 master weights"),
         (
             stage == 1 and bf16 and values.get("data_types", {}).get("grad_accum_dtype") == "fp32",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,32 +74,43 @@ def arguments(config: Path, resume: bool) -> list[str]:
 
 def run_forked(config: Path, run_dir: Path, folder: Path, fault: Fault | None, resume: bool) -> Ended:
     """Train to the end, or to what the fault makes of it. ``folder`` gets the ranks' output, pids and events."""
-    port = str(free_port())
-    pids = []
-    for rank in range(WORLD_SIZE):
-        pid = os.fork()
-        if pid == 0:
-            _be_rank(rank, port, config, run_dir, folder, fault, resume)
-        pids.append(pid)
+    port = free_port()
+    outputs = [folder / f"output.{rank}" for rank in range(WORLD_SIZE)]
+    pids = [
+        fork_rank(
+            rank, WORLD_SIZE, port, arguments(config, resume), outputs[rank],
+            lambda: fault_points.plant(folder, run_dir, fault),
+        )
+        for rank in range(WORLD_SIZE)
+    ]  # fmt: skip
     codes, late = _wait(pids)
-    output = [(folder / f"output.{rank}").read_text(errors="replace") for rank in range(WORLD_SIZE)]
-    return Ended(codes, "\n".join(output), late)
+    return Ended(codes, "\n".join(output.read_text(errors="replace") for output in outputs), late)
 
 
-def _be_rank(
-    rank: int, port: str, config: Path, run_dir: Path, folder: Path, fault: Fault | None, resume: bool
-) -> None:
-    """What a launcher and Python do for a process, in the one just forked; does not return."""
+def fork_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    argv: list[str],
+    output: Path,
+    before: Callable[[], object] = lambda: None,
+) -> int:
+    """What a launcher and Python do for a process of switchdit/train.py, in one just forked: its process id.
+
+    ``before`` runs there first; ``output`` gets what it prints.
+    """
+    if pid := os.fork():
+        return pid
     code = 1
     try:
-        file = os.open(folder / f"output.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.chdir(ROOT)
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE)}
-        os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        sys.argv = ["switchdit/train.py", *arguments(config, resume)]
-        fault_points.plant(folder, run_dir, fault)
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.argv = ["switchdit/train.py", *argv]
+        before()
         sys.modules["switchdit.train"].main()
         code = 0
     except SystemExit as leaving:
