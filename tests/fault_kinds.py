@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fault_points import FILLER, POINTS, RENAMING
@@ -60,6 +61,20 @@ def terminated(trial: Trial) -> str:
     trial.happened = f"{signal_name} to {'all' if fault.to_all else 'one'}: {sorted(set(ended.codes))}"
     complete = (trial.checkpoints / FINAL / "state.json").is_file()
     require(set(ended.codes) == {0 if complete else EXIT_REQUEUE}, f"it ended with {ended.codes}: {last_line(ended)}")
+    trial.must_resume_to_the_same_end()
+    return "equal"
+
+
+def bit_flipped(trial: Trial) -> str:
+    """A weight changes in the memory of one rank: seen in the same step, before it can be saved."""
+    fault = replace(trial.choose_fault(("forward",), action="flip"), when="before")
+    trial.where = f"a weight of rank {fault.rank} in step {fault.count}"  # there is one block
+    ended = trial.start(fault, resume=False)
+    trial.happened = last_line(ended)
+    require(set(ended.codes) == {1}, f"it ended with {ended.codes}")
+    require(len(ended.errors) == 1, f"{len(ended.errors)} lines of errors")
+    says = f"ranks 0, 1 do not agree in the parameters at step {fault.count} (blocks.0.attn.qkv.weight)"
+    require(says in ended.errors[0], f"the line does not say '{says}'")
     trial.must_resume_to_the_same_end()
     return "equal"
 
@@ -192,6 +207,7 @@ KINDS: dict[str, Callable[[Trial], str]] = {
     "killed at retention": killed("retention's deletion"),
     "killed twice": killed_twice,
     "terminated": terminated,
+    "bit flipped in memory": bit_flipped,
     "newest truncated": newest_damaged("cut"),
     "newest bit-flipped": newest_damaged("flipped"),
     "newest lost a file": newest_damaged("deleted"),

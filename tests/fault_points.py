@@ -41,7 +41,7 @@ class Fault:
     """When ``rank`` reaches ``point`` for the ``count``-th time, just before or after it happens, ``action`` is done.
 
     action: a signal's name, sent to this rank or with ``to_all`` to all ranks; or "fill" for a file that takes all
-    that is left of the disk.
+    that is left of the disk; or, at "forward", "flip" for a bit of a weight in this rank's memory.
     kept: of a file being written, the part that has reached the disk by then; below 1 for a death alone.
     """
 
@@ -106,10 +106,14 @@ def plant(folder: Path, run_dir: Path, fault: Fault | None) -> None:
 
         return wrapped
 
+    def flip_a_bit(owner, *_) -> None:
+        if fault.action == "flip":
+            owner.attn.qkv.weight.data.view(torch.int32)[3, 5] ^= 1 << 20
+
     owners = (SwitchDiTBlock, torch.distributed, DeepSpeedEngine, torch.optim.AdamW)
     names = ("forward", "all_to_all_single", "backward", "step")
     for owner, name, point in zip(owners, names, COMPUTATION, strict=True):
-        setattr(owner, name, around(getattr(owner, name), lambda *_, point=point, **__: point))
+        setattr(owner, name, around(getattr(owner, name), lambda *_, point=point, **__: point, flip_a_bit))
 
     truncate = os.ftruncate
     os.fsync = around(
@@ -125,6 +129,8 @@ def _act(fault: Fault, folder: Path, run_dir: Path) -> None:
     if fault.action == "fill":
         _fill(run_dir / FILLER)
         return
+    if fault.action == "flip":
+        return  # done, where the weight is at hand
     others = [p for p in folder.glob("pid.*") if p.name != f"pid.{fault.rank}"] if fault.to_all else []
     for pid in [*(int(p.read_text()) for p in others), os.getpid()]:
         os.kill(pid, getattr(signal, fault.action))

@@ -136,7 +136,7 @@ def tiny_config(path: Path, latents: Path, run_dir: Path) -> Path:
         moe={"dispatch": "samples"},
         train={"steps": STEPS},
         monitor={"checkpoint_every": SAVE_EVERY, "keep_last": 2, "routing_every": 0},
-        faults={"peer_timeout": 10.0},
+        faults={"peer_timeout": 10.0, "hash_every": 1},
     )
 
 

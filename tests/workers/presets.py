@@ -13,7 +13,7 @@ import torch
 from switchdit.config import Config, config_to_dict, load_config
 from switchdit.data.training_batches import TrainingBatches
 from switchdit.deepspeed_config import resolve_deepspeed_config
-from switchdit.engine.checkpoint import load_checkpoint, read_ema, save_checkpoint
+from switchdit.engine.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_ema
 from switchdit.engine.ema import Ema
 from switchdit.engine.engine import add_over_processes, build_engine, init_processes, leave, set_optimizer
 from switchdit.engine.generate import build_averaged_model
@@ -86,7 +86,10 @@ def try_preset(path: Path, out: Path) -> dict:
     run = Run(config)
     losses = [run.step(step) for step in range(STEPS)]
     extra = {"monitor": [], "objective": run.objective.state(), "config": config_to_dict(config)}
-    checkpoint = save_checkpoint(out, run.engine, run.ema, STEPS, run.about(), extra)
+    checkpoints = Checkpoints(out, run.engine, run.ema)
+    checkpoints.save(STEPS, run.about(), extra)
+    checkpoints.finish()
+    checkpoint = find_checkpoint(out)
 
     sampled = build_averaged_model(run.about()["model"], read_ema(checkpoint), torch.device("cpu"))
     batch = run.batches.batch(0, 0)

@@ -13,6 +13,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from switchdit import build_model
+from switchdit.engine.checkpoint_writer import tensor_file, write_hashed
 from switchdit.engine.engine import build_engine, init_processes, leave
 from switchdit.engine.global_state import gather_experts, global_state_dict, load_global_state_dict
 
@@ -114,6 +115,8 @@ def uneven_evaluation(model: torch.nn.Module, processes) -> dict[str, np.ndarray
 def differs_after_saving(engine, trained, ep_size: int, micro_batch: int, folder: Path) -> int:
     """How many tensors are others in a new model that loads what this one has saved."""
     engine.save_checkpoint(str(folder), tag="saved", save_latest=False)
+    for name, state in engine.checkpoint_engine.take().items():
+        write_hashed(folder / "saved" / name, tensor_file(state))
     torch.distributed.barrier()
     model = build_model("Diff-MoE-S/2", **FIELDS, ep_size=ep_size)
     again = engine_of(model, "AdamW", micro_batch)
