@@ -94,7 +94,7 @@ def _fill(section: dict, prefix: str, fillers: dict[str, Any], known: dict[str, 
 
 
 def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int) -> None:
-    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint"):
         if not isinstance(values.get(key, {}), dict):
             raise UserError(f"DeepSpeed config '{path}': '{key}' must be an object, not {values[key]!r}")
     zero = values.get("zero_optimization", {})
@@ -124,6 +124,20 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int)
         (
             stage == 1 and bf16 and values.get("data_types", {}).get("grad_accum_dtype") == "fp32",
             "ZeRO-1 with bf16 cannot accumulate gradients in float32; use stage 2, or drop data_types",
+        ),
+        (
+            zero.get("round_robin_gradients", False),
+            "round_robin_gradients must be off: DeepSpeed's table of where weights stand is not true with it",
+        ),
+        (zero.get("elastic_checkpoint", False), "elastic_checkpoint must be off: such checkpoints cannot be resumed"),
+        (
+            not zero.get("load_from_fp32_weights", True),
+            "load_from_fp32_weights must be true: a run would go on from rounded weights",
+        ),
+        (
+            values.get("checkpoint", {}).get("load_universal", False),
+            "checkpoint.load_universal must be off: universal checkpoints lose experts; any checkpoint resumes on any "
+            "number of processes without it",
         ),
         (fp16, "fp16 is not supported: use bf16, or neither for float32"),
         (values.get("use_data_before_expert_parallelism", False), "use_data_before_expert_parallelism must be off"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
-import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+from switchdit.ranks import launched_rank
+
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by the scheduler, all is saved; the same command resumes
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")  # what gloo reports
+# what gloo, NCCL and torch's store report of it
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "Failed to recv")
+LOST_PEER_ERRORS = ("DistBackendError", "DistNetworkError")
 
 PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
 
@@ -48,7 +51,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launched_rank()
         try:
             return main(*args, **kwargs)
         except UserError as mistake:
@@ -71,7 +74,8 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             told_by_rank_0 = _farewell(message, EXIT_USER_ERROR) and rank != 0
             end(None if told_by_rank_0 else message)
         except Exception as problem:
-            if not (isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in LOST_PEER)):
+            told = isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in LOST_PEER)
+            if not (told or type(problem).__name__ in LOST_PEER_ERRORS):
                 _end_of_ours(problem)
                 raise
             if running_watchdog:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from switchdit.ranks import launched_rank
 
 
 class _Lines:
@@ -45,6 +47,30 @@ def progress(
     )
 
 
+class _Lasting:
+    """A stream whose end, such as a terminal that was closed, does not end the program: the rest is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def outlive_terminal() -> None:
+    """From now on standard output and error may vanish without ending the program."""
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+
+
 def say(line: str) -> None:
     """Print a line to stdout without tearing a bar that is being drawn."""
     if not _is_first():
@@ -56,4 +82,4 @@ def say(line: str) -> None:
 
 
 def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_rank() == 0

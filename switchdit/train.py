@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # the launcher runs this as a file: import from the repository root, not from switchdit/
@@ -16,10 +17,14 @@ if __package__ in (None, ""):  # the launcher runs this as a file: import from t
 
 from switchdit.config import Config, config_to_dict, load_config
 from switchdit.errors import EXIT_REQUEUE, UserError, exit_on_user_error
+from switchdit.progress import outlive_terminal, progress, say
+from switchdit.stop_signals import note_stop_signals, stop_requested
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage=__doc__.split("\n\n")[1], allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--deepspeed_config", required=True, help='JSON file of DeepSpeed, with "auto" values')
     parser.add_argument("--resume", help="'auto': from the run's newest checkpoint if it has one; or a checkpoint")
@@ -32,6 +37,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     config = load_config(args.config, args.overrides)
+    note_stop_signals()
+    outlive_terminal()
     train(config, args.deepspeed_config, args.resume)
 
 
@@ -44,34 +51,36 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.data.latent_shards import MANIFEST
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
-    from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
+    from switchdit.engine.checkpoint import Checkpoints, load_checkpoint, remove_partial_checkpoints
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import (
         add_over_processes,
         agree,
         barrier,
         build_engine,
+        check_same,
         from_first,
         grad_norm,
         init_processes,
         leave,
         on_gpu,
         set_optimizer,
-        told_by_all,
     )
     from switchdit.engine.faults import Notices, SpikeDetector, compare_parameters, poisoned, step_if_finite
     from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
     from switchdit.engine.objective import Objective, check_objective, time_distribution
+    from switchdit.engine.ownership import Ownership
     from switchdit.engine.run_directory import candidates, choose_start, put_aside, versions, write_run_files
     from switchdit.engine.watchdog import Watchdog
     from switchdit.files import sha256_of
     from switchdit.models import build_model, model_fields, parameter_counts, system_of
     from switchdit.moe.dispatch import check_dispatch, set_dispatch
-    from switchdit.progress import progress, say
 
     # Validate: everything that can be wrong is found before anything is written, and by all processes alike.
     processes = init_processes()
+    watchdog = Watchdog(processes, config.faults.hang_timeout, config.faults.peer_timeout)
+    notices = Notices()
 
     def validate() -> tuple:
         fields = model_fields(config.model_name, **config.model_overrides)
@@ -90,10 +99,17 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         return fields, deepspeed_config, dataset, candidates(config, resume)
 
     fields, deepspeed_config, dataset, found = agree(validate)
-    start = choose_start(config, from_first(found), resume, told_by_all)
+    version, manifest = versions(), sha256_of(dataset.path / MANIFEST)
+    check_same(
+        config=config_to_dict(config),
+        deepspeed_config=deepspeed_config,
+        latents=manifest,
+        version=version,
+        resume=resume,
+    )
+    start = choose_start(config, from_first(found), resume)
 
     # Build.
-    watchdog = Watchdog(processes, config.faults.hang_timeout, config.faults.peer_timeout)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model_name, **config.model_overrides)
     model.activation_checkpointing = config.train.activation_checkpointing
@@ -111,7 +127,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         "run": {
             "seed": config.train.seed,
             "global_batch": config.train.global_batch,
-            "latents": sha256_of(dataset.path / MANIFEST),
+            "latents": manifest,
         },
     }
     first_step, extra = load_checkpoint(start.checkpoint, engine, ema, about) if start.checkpoint else (0, None)
@@ -120,10 +136,23 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     run_dir = Path(config.run_dir)
     barrier()  # every process has read before the first one writes
     if processes.is_first:
-        put_aside(start)
         write_run_files(config, deepspeed_config, processes.world_size)
     barrier()
-    checkpoints = Checkpoints(run_dir / "checkpoints", engine, ema, config.monitor.keep_last, config.monitor.keep_every)
+    owner = Ownership(run_dir, processes.is_first)
+    if processes.is_first:
+        put_aside(start)
+        remove_partial_checkpoints(run_dir / "checkpoints")
+    barrier()
+    done = first_step
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints",
+        engine,
+        ema,
+        config.monitor.keep_last,
+        config.monitor.keep_every,
+        owner,
+        on_progress=lambda: watchdog.reached("checkpoint", done),
+    )
     log_every = config.monitor.log_every
     monitor = Monitor(run_dir, processes, model.num_timesteps, config.train.global_batch, log_every, first_step)
     spikes, skipped_in_a_row = SpikeDetector(config.faults.spike_sigma), 0
@@ -155,7 +184,6 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         )
         if dispatch:
             print(dispatch, flush=True)
-    version = versions()
 
     def save(done: int) -> None:
         extra = {
@@ -171,7 +199,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
 
     # Train.
     engine.train()
-    notices = Notices()
+    compared = {config.faults.hash_every, config.monitor.checkpoint_every} if config.faults.hash_every else set()
     stream = batches.iterate(first_step, config.train.steps)
     bar = progress(
         range(first_step, config.train.steps), desc="train", total=config.train.steps, initial=first_step, unit="step"
@@ -192,7 +220,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             watchdog.reached("backward", done)
             engine.backward(poisoned(losses.total))
             watchdog.reached("update", done)
-            if micro_step + 1 == batches.accumulation and due(config.faults.hash_every, done, last):
+            if micro_step + 1 == batches.accumulation and any(due(every, done, last) for every in compared):
                 compare_parameters(model, done)
             changed = step_if_finite(engine)
             monitor.add(done, losses.terms, losses.mse, losses.timestep)
@@ -203,9 +231,9 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         else:
             objective.skip_step()
             skipped_in_a_row += 1
-            monitor.fault(done, "skipped", batches.images_of_step(step).tolist())
+            monitor.fault(done, "skipped", batches.images_of_step(step).tolist(), told_at=done)
             say(f"step {done}: skipped, for a loss or gradient that is not finite")
-            if skipped_in_a_row == config.faults.max_skipped_steps:
+            if skipped_in_a_row >= config.faults.max_skipped_steps:
                 raise UserError(
                     f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last was "
                     f"{done}; the images they saw are in {monitor.faults_path}. A lower train.lr, or "
@@ -215,15 +243,17 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         # Report and save.
         watchdog.reached("report", done)
         if done % log_every == 0 or last:
+            if processes.is_first:
+                owner.check()
             for at, loss in monitor.log(done, config.train.steps, lr, grad_norm(engine)).items():
                 if spikes(loss):
-                    monitor.fault(at, "spike", batches.images_of_step(at - 1).tolist(), loss=loss)
+                    monitor.fault(at, "spike", batches.images_of_step(at - 1).tolist(), told_at=done, loss=loss)
                     say(f"step {at}: loss {loss:.4f} is a spike; what it saw is in {monitor.faults_path}")
         if due(config.monitor.routing_every, done, last) and objective.prior is not None:
             monitor.log_routing(done, objective.task_expert_map, objective.prior, objective.assignment)
         if due(config.monitor.routing_every, done, last) and objective.token_share is not None:
             monitor.log_token_share(done, objective.token_share)
-        stop, lost = notices.exchange(notices.stop_requested, checkpoints.writer.problem is not None)
+        stop, lost = notices.exchange(stop_requested(), checkpoints.writer.problem is not None)
         if due(config.monitor.checkpoint_every, done, last) or stop:
             watchdog.reached("checkpoint", done)
             save(done)
@@ -231,6 +261,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             checkpoints.finish()
             monitor.close()
             say(f"stopped by a signal after step {done}; all is saved, and --resume auto goes on from there")
+            barrier()
             watchdog.stop()
             leave(EXIT_REQUEUE)
         if lost:
@@ -239,12 +270,14 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             watchdog.reached("sample", done)
             averaged = ema.state_dict()
             if processes.is_first:
-                picture = sample_grid(config, about["model"], averaged, objective.process, processes.device)
+                tick = partial(watchdog.reached, "sample", done)
+                picture = sample_grid(config, about["model"], averaged, objective.process, processes.device, tick)
                 monitor.log_samples(done, picture)
     checkpoints.finish()
     monitor.close()
     if processes.is_first:
         print(f"trained {config.train.steps} steps; everything is in {run_dir}: checkpoints/ tensorboard/ log.jsonl")
+    barrier()
     watchdog.stop()
     leave()
 

@@ -1,6 +1,8 @@
 """Checkpoints of a run: whole or invisible, kept as asked for, and seen to be damaged."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -11,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from launching import free_port
 
-from switchdit.engine import checkpoint
+from switchdit.engine import checkpoint, ownership
 from switchdit.engine.checkpoint import (
     Checkpoints,
     checkpoint_folders,
@@ -26,7 +28,8 @@ from switchdit.engine.checkpoint import (
 )
 from switchdit.engine.checkpoint_writer import SnapshotEngine, load_tensors, remove_folder, tensor_file, write_hashed
 from switchdit.engine.engine import init_processes
-from switchdit.errors import UserError
+from switchdit.engine.ownership import Ownership
+from switchdit.errors import FaultError, UserError
 from switchdit.files import atomic_write, sha256_of, write_json
 
 
@@ -60,7 +63,7 @@ def test_unreadable_state(tmp_path):
     folder = make(tmp_path, 1)
     assert read_state(folder)["step"] == 1
     (folder / "state.json").write_text('{"format_version": 2}')
-    with pytest.raises(UserError, match="is not of format version 1"):
+    with pytest.raises(UserError, match="is of format version 2; this program reads 1"):
         read_state(folder)
     (folder / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
@@ -94,6 +97,30 @@ def test_damage_is_seen_and_named(tmp_path):
         read_state(folder)
 
 
+def test_what_is_no_damage_does_not_put_a_checkpoint_aside(tmp_path, monkeypatch):
+    folder = tmp_path / "step_0000001"
+    folder.mkdir()
+    entry = write_hashed(folder / "a.pt", tensor_file({"a": torch.arange(100)}))
+    write_state(folder, {"format_version": 2, "step": 1, "files": {"a.pt": entry}})
+    with pytest.raises(UserError, match="is of format version 2; this program reads 1"):
+        damage(folder)
+    write_state(folder, {"format_version": 1, "step": 1, "files": {"a.pt": entry}})
+
+    def unreadable(number):
+        def read(path):
+            raise OSError(number, os.strerror(number))  # as read() does, without a name
+
+        return read
+
+    monkeypatch.setattr(checkpoint, "sha256_of", unreadable(errno.EACCES))
+    with pytest.raises(FaultError, match=r"a\.pt cannot be read: Permission denied"):
+        damage(folder)
+    monkeypatch.setattr(checkpoint, "sha256_of", unreadable(errno.EIO))
+    assert damage(folder) == "a.pt cannot be read: Input/output error"
+    renamed = folder.rename(tmp_path / "step_0000002")
+    assert damage(renamed) == "it is of step 1: somebody has renamed it"
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -107,6 +134,33 @@ def test_damage_is_seen_and_named(tmp_path):
 def test_a_hostile_list_of_files_is_refused(tmp_path, files, says):
     write_state(tmp_path, {"format_version": 1, "step": 1, "files": files})
     assert says in damage(tmp_path)
+
+
+def test_who_started_last_owns_the_run(run):
+    _, checkpoints = run()
+    run_dir = checkpoints.root.parent
+    first = checkpoints.owner = Ownership(run_dir, is_first=True)
+    checkpoints.save(1, ABOUT, {})
+    checkpoints.finish()
+    second = Ownership(run_dir, is_first=True)
+    second.check()
+    (checkpoints.root / ".partial_of_the_second").mkdir()
+    checkpoints.save(2, ABOUT, {})
+    with pytest.raises(UserError, match=r"has been taken over by a later start of the run, on .* \(pid \d+\)"):
+        checkpoints.finish()
+    with pytest.raises(UserError, match="has been taken over"):
+        first.check()
+    assert [step_of(path) for path in complete_checkpoints(checkpoints.root)] == [1]
+    assert (checkpoints.root / ".partial_of_the_second").is_dir()
+
+
+def test_a_folder_that_is_not_shared_is_told(run, monkeypatch):
+    _, checkpoints = run()
+    monkeypatch.setattr(ownership, "PATIENCE", 0.3)
+    with pytest.raises(
+        UserError, match=r"is not the folder that process 0 on .* run_dir must be one that all machines"
+    ):
+        Ownership(checkpoints.root.parent / "another machine's", is_first=False)
 
 
 def test_atomic_write_keeps_the_old_file_on_any_error(tmp_path):
@@ -217,12 +271,16 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_nothing(run, mon
     def broken(file):
         raise RuntimeError("boom")
 
+    def bad_disk(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     for write, says in (
         (full, r"no space left on the disk that holds .*weights\.pt"),
         (broken, "cannot be written: RuntimeError: boom"),
+        (bad_disk, r"weights\.pt cannot be written|cannot be written: Input/output error"),
     ):
         monkeypatch.setattr(checkpoint, "tensor_file", lambda state, write=write: write)
         checkpoints.save(2, ABOUT, {})
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError if write is full else FaultError, match=says):  # after a fault: start again
             checkpoints.finish()
     assert [p.name for p in sorted(checkpoints.root.iterdir())] == ["latest", "step_0000001"]

@@ -146,7 +146,9 @@ def test_a_writer_that_fails_keeps_the_checkpoint_from_its_name(tmp_path):
     writers = write_by(2, tmp_path / "partial", lambda files: pytest.fail("incomplete"), {1: {"x.pt": full}})
     assert writers[0].wait_until_written() is None
     problem = writers[1].wait_until_written()
-    assert problem == f"no space left on the disk that holds {tmp_path}/partial/x.pt; nothing half-written was kept"
+    assert (
+        str(problem) == f"no space left on the disk that holds {tmp_path}/partial/x.pt; nothing half-written was kept"
+    )
     writers[0].give_up()
     writers[1].give_up()
     assert not (tmp_path / "latest").exists()

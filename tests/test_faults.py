@@ -119,7 +119,7 @@ def poisoned_latents(tmp_path_factory) -> Path:
     return folder
 
 
-PRECISIONS = ("zero2_fp32", "zero1_fp32", "zero0_fp32", "zero2_bf16", "zero1_bf16")
+PRECISIONS = ("zero2_fp32", "zero1_fp32", "zero0_fp32", "zero2_bf16", "zero1_bf16", "zero2_bf16_offload")
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ def test_run_directory_and_tensorboard(uninterrupted):
         "deepspeed_config.json",
         "version.json",
         "log.jsonl",
+        "owner.json",
         "checkpoints",
         "tensorboard",
     }

@@ -13,18 +13,21 @@ run goes on to the last bit through DeepSpeed's own loading; with another, throu
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
 from switchdit.engine.checkpoint_writer import (
     REMOVING,
@@ -33,12 +36,14 @@ from switchdit.engine.checkpoint_writer import (
     host_bytes,
     lack_of_space,
     remove_folder,
+    safetensors_file,
     tensor_file,
 )
 from switchdit.engine.ema import Ema
-from switchdit.engine.engine import told_by_all
+from switchdit.engine.engine import raise_together
+from switchdit.engine.ownership import Ownership
 from switchdit.engine.resharding import load_resharded, optimizer_names
-from switchdit.errors import UserError
+from switchdit.errors import FaultError, UserError
 from switchdit.files import atomic_write, inside, make_folder, sha256_of
 from switchdit.progress import say
 
@@ -83,13 +88,24 @@ class Checkpoints:
     Args:
         root: ``<run_dir>/checkpoints``.
         keep_last: how many of the newest to keep, 0 for all; keep_every: those of every n-th step are kept besides.
+        owner: of the run's folder, asked before a checkpoint gets its name.
+        on_progress: called while one waits for a checkpoint, as long as it is being written.
     """
 
-    def __init__(self, root: Path, engine: DeepSpeedEngine, ema: Ema, keep_last: int = 0, keep_every: int = 0):
+    def __init__(
+        self,
+        root: Path,
+        engine: DeepSpeedEngine,
+        ema: Ema,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        owner: Ownership | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+    ):
         self.root, self.engine, self.ema = root, engine, ema
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.owner = keep_last, keep_every, owner
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.writer = CheckpointWriter(self.rank, self.world_size)
+        self.writer = CheckpointWriter(self.rank, self.world_size, on_progress)
 
     def save(self, step: int, about: dict[str, Any], extra: dict[str, Any]) -> None:
         """Copy the state after ``step`` optimizer steps to host memory and begin to write it; collective.
@@ -105,17 +121,11 @@ class Checkpoints:
             UserError: on all processes, if the one before could not be written or there is no space for this one.
         """
         self.finish()
-        final, partial = self.root / checkpoint_name(step), self.root / f"{PARTIAL}{checkpoint_name(step)}"
+        token = f"{self.owner.token}_" if self.owner else ""
+        final, partial = self.root / checkpoint_name(step), self.root / f"{PARTIAL}{token}{checkpoint_name(step)}"
         self.engine.save_checkpoint(str(self.root), tag=partial.name, save_latest=False)
         states = self.engine.checkpoint_engine.take()
         averaged = self.ema.state_dict()
-        self._check_space(host_bytes(states) + host_bytes(averaged))
-        files = {name: tensor_file(state) for name, state in states.items()}
-        if self.rank == 0:
-            metadata = {"format": "pt", MODEL_METADATA: json.dumps(about["model"])}
-            files[EMA] = lambda file: file.write(save(averaged, metadata)) and None
-            make_folder(partial)
-        dist.barrier()
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -124,9 +134,18 @@ class Checkpoints:
             **about,
             **extra,
         }
+        text = 2 * len(json.dumps(state)) if self.rank == 0 else 0  # indented
+        self._check_space(host_bytes(states) + host_bytes(averaged) + text)
+        files = {name: tensor_file(state) for name, state in states.items()}
+        if self.rank == 0:
+            files[EMA] = safetensors_file(averaged, {"format": "pt", MODEL_METADATA: json.dumps(about["model"])})
+            make_folder(partial)
+        dist.barrier()
 
         def finish(written: dict[str, Any]) -> None:
             write_state(partial, {**state, "files": written})
+            if self.owner:
+                self.owner.check()
             commit(partial, final)
             self._retain()
 
@@ -136,26 +155,35 @@ class Checkpoints:
         """Wait until the checkpoint that is being written is whole; collective.
 
         Raises:
-            UserError: on all processes, if one of them could not write its part; nothing of it is left.
+            UserError, FaultError: on all processes, if one of them could not write its part; nothing of it is left.
         """
-        problems = told_by_all(self.writer.wait_until_written())
-        if not problems:
+        try:
+            raise_together(self.writer.wait_until_written())
             self.writer.wait_until_finished()
-            problems = told_by_all(self.writer.problem)  # of the first process, which gave it its name
-        if problems:
+            raise_together(self.writer.problem)  # of the first process, which gave it its name
+        except (UserError, FaultError):
             self.writer.give_up()
             dist.barrier()
-            if self.rank == 0:
-                remove_partial_checkpoints(self.root)
-            raise UserError(problems[0])
+            self._remove_partial()
+            raise
 
     def _check_space(self, mine: int) -> None:
         needed = torch.tensor(mine, dtype=torch.int64, device=self.engine.device)
         dist.all_reduce(needed)
-        if problems := told_by_all(lack_of_space(self.root, int(needed) + DOCUMENTATION) if self.rank == 0 else None):
+        lack = lack_of_space(self.root, int(needed) + DOCUMENTATION) if self.rank == 0 else None
+        try:
+            raise_together(UserError(lack) if lack else None)
+        except UserError:
+            self._remove_partial()
+            raise
+
+    def _remove_partial(self) -> None:
+        """On one process, unless the folder is another run's by now."""
+        with contextlib.suppress(UserError):
             if self.rank == 0:
+                if self.owner:
+                    self.owner.check()
                 remove_partial_checkpoints(self.root)
-            raise UserError(problems[0])
 
     def _retain(self) -> None:
         existing = complete_checkpoints(self.root)
@@ -181,7 +209,11 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[s
         engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
     else:
         load_resharded(path, state, engine)
-    ema.load_state_dict(read_ema(path))
+    try:
+        with safe_open(path / EMA, framework="pt") as file:
+            ema.load(file.get_tensor)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(f"checkpoint '{path}': {EMA} cannot be read: {problem}") from None
     return state["step"], state
 
 
@@ -201,9 +233,18 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Of several processes each looks at its share of them."""
+    """What is wrong with a checkpoint's files, or None. Of several processes each looks at its share of them.
+
+    Raises:
+        UserError: of a version that this program does not read.
+        FaultError: if a file is there and cannot be read now, for another reason than a bad disk.
+    """
+    name = "state.json"
     try:
-        files = _checked_state(path).get("files", {})  # of an older version, without checksums: nothing to compare
+        state = _checked_state(path)
+        if path.name.startswith("step_") and path.name != checkpoint_name(state["step"]):
+            return f"it is of step {state['step']}: somebody has renamed it"
+        files = state.get("files", {})  # of an older version, without checksums: nothing to compare
         for name in sorted(files)[rank::world_size]:
             file = inside(path, name)
             if (size := file.stat().st_size) != files[name]["bytes"]:
@@ -211,10 +252,19 @@ def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
             if sha256_of(file) != files[name]["sha256"]:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except OSError as problem:
-        return f"{Path(problem.filename).name} cannot be read: {problem.strerror}"
+        told = f"{name} cannot be read: {problem.strerror}"
+        if problem.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
+            return told
+        raise FaultError(f"checkpoint '{path}': {told}") from None
+    except OtherVersion as problem:
+        raise UserError(f"checkpoint '{path}': {problem}") from None
     except ValueError as problem:
         return str(problem)
     return None
+
+
+class OtherVersion(ValueError):
+    """A file of another format than this program reads; nothing is wrong with it."""
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -243,8 +293,10 @@ def _checked_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except ValueError as problem:
         raise ValueError(f"state.json cannot be read: {problem}") from None
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"state.json is not of format version {FORMAT_VERSION}, which this program reads")
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        kind = OtherVersion if isinstance(version, int) else ValueError
+        raise kind(f"state.json is of format version {version}; this program reads {FORMAT_VERSION}")
     recorded = state.pop("sha256", None)
     if recorded is None and "files" not in state:  # an older version wrote neither
         return state

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from switchdit.errors import FaultError, UserError
 from switchdit.files import DISK_FULL, atomic_write, sync_directory, write_json
 
 REMOVING = ".removing_"
@@ -92,6 +94,27 @@ def host_bytes(value: Any) -> int:
     return sum(map(host_bytes, items))
 
 
+def safetensors_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Write:
+    """What writes float32 tensors on the CPU in the safetensors format, one by one and always in the same bytes.
+
+    The library's own writer makes a second copy of all of them, and orders metadata at random.
+    """
+    header, start = {"__metadata__": metadata}, 0
+    for name, value in tensors.items():
+        assert value.dtype == torch.float32
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, start + value.nbytes]}
+        start += value.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for value in tensors.values():
+            file.write(value.contiguous().numpy().reshape(-1).view("u1").data)
+
+    return write
+
+
 def tensor_file(state: dict[str, Any]) -> Write:
     """What writes ``state`` as DeepSpeed would."""
 
@@ -109,8 +132,9 @@ def tensor_file(state: dict[str, Any]) -> Write:
 class _HashingFile:
     """A file that knows its bytes' number and SHA-256, and the error of a failed write, which torch.save hides."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] = lambda _: None):
         self.file, self.digest, self.size, self.problem = file, hashlib.sha256(), 0, None
+        self.on_bytes = on_bytes
 
     def write(self, data: bytes) -> int:
         try:
@@ -120,6 +144,7 @@ class _HashingFile:
             raise
         self.digest.update(data)
         self.size += len(data)
+        self.on_bytes(len(data))
         return len(data)
 
     def flush(self) -> None:
@@ -129,13 +154,17 @@ class _HashingFile:
 class CheckpointWriter:
     """Writes this process's part of one checkpoint at a time, on a thread.
 
+    Args:
+        on_progress: called by whoever waits for this, now and then, as long as bytes are written.
+
     Attributes:
-        problem: why the last checkpoint could not be written; None while all is well.
+        problem: why the last checkpoint could not be written, a `UserError` or `FaultError`; None while all is well.
     """
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
-        self.problem: str | None = None
+    def __init__(self, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None):
+        self.rank, self.world_size, self.on_progress = rank, world_size, on_progress
+        self.problem: UserError | FaultError | None = None
+        self.bytes_written = 0
         self._thread, self._written, self._given_up = None, threading.Event(), threading.Event()
 
     def start(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
@@ -155,10 +184,13 @@ class CheckpointWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def wait_until_written(self) -> str | None:
+    def wait_until_written(self) -> UserError | FaultError | None:
         """Wait for this process's files. Returns what went wrong."""
-        if self._thread is not None:
-            self._written.wait()
+        seen = self.bytes_written
+        while self._thread is not None and not self._written.wait(timeout=1.0):
+            if self.bytes_written > seen:
+                seen = self.bytes_written
+                self.on_progress()
         return self.problem
 
     def wait_until_finished(self) -> None:
@@ -175,15 +207,18 @@ class CheckpointWriter:
 
     def _run(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
         try:
-            done = {name: write_hashed(partial / name, write) for name, write in files.items()}
+            done = {name: write_hashed(partial / name, write, self._count) for name, write in files.items()}
             write_json(partial / _list_name(self.rank), done)
             self._written.set()
             if self.rank == 0 and (everything := self._gather(partial)) is not None:
                 finish(everything)
         except Exception as problem:  # whatever it is, it must not end the thread unheard
-            self.problem = _described(problem, partial)
+            self.problem = _told(problem, partial)
         finally:
             self._written.set()
+
+    def _count(self, number: int) -> None:
+        self.bytes_written += number
 
     def _gather(self, partial: Path) -> dict[str, Any] | None:
         names = {_list_name(rank) for rank in range(self.world_size)}
@@ -202,10 +237,10 @@ def _list_name(rank: int) -> str:
     return f"files_of_rank_{rank:05d}.json"
 
 
-def write_hashed(path: Path, write: Write) -> dict[str, Any]:
-    """Write a file atomically; returns its ``bytes`` and ``sha256``."""
+def write_hashed(path: Path, write: Write, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Write a file atomically; returns its ``bytes`` and ``sha256``. ``on_bytes`` hears of every write."""
     with atomic_write(path) as file:
-        hashing = _HashingFile(file)
+        hashing = _HashingFile(file, on_bytes)
         write(hashing)
     return {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
 
@@ -240,13 +275,17 @@ def lack_of_space(root: Path, needed: int) -> str | None:
     )
 
 
-def _described(problem: Exception, partial: Path) -> str:
+def _told(problem: Exception, partial: Path) -> UserError | FaultError:
+    """In one line: what the user has to put right, or a fault of the machine, after which a new start may help."""
+    if isinstance(problem, UserError | FaultError):
+        return problem
     if not isinstance(problem, OSError):
         told = " ".join(f"{type(problem).__name__}: {problem}".split())
-        return f"the checkpoint {partial} cannot be written: {told}"
+        return FaultError(f"the checkpoint {partial} cannot be written: {told}")
     where = problem.filename or partial
     if problem.errno in DISK_FULL:
-        return f"no space left on the disk that holds {where}; nothing half-written was kept"
+        return UserError(f"no space left on the disk that holds {where}; nothing half-written was kept")
     if problem.errno == errno.ENOENT:
-        return f"{where} vanished while the checkpoint was written; is something else deleting files there?"
-    return f"the checkpoint {partial} cannot be written: {problem.strerror or problem}"
+        return UserError(f"{where} vanished while the checkpoint was written; is something else deleting files there?")
+    told = f"the checkpoint {partial} cannot be written: {problem.strerror or problem} ({where})"
+    return UserError(told) if problem.errno in (errno.EROFS, errno.EACCES) else FaultError(told)

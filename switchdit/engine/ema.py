@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from switchdit.engine.fragments import fragment
-from switchdit.engine.global_state import gather_experts, local_view
+from switchdit.engine.global_state import gather_experts, global_name_of
 
 
 class Ema:
@@ -47,18 +47,18 @@ class Ema:
         return full
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take this rank's part of what `state_dict` returned, in any topology."""
-        local = local_view(self.engine.module, state_dict)
-        if not self.sharded:
-            trainable = (name for p, name in self.names.items() if p.requires_grad)
-            for shadow, name in zip(self.shadow, trainable, strict=True):
-                shadow.copy_(local[name])
-            return
+    def load(self, read: Callable[[str], Tensor]) -> None:
+        """Take this rank's part of what `state_dict` returned, in any topology; ``read`` gives a parameter by name."""
+        global_name = global_name_of(self.engine.module)
+        shadows = iter(self.shadow)
         for parameter, name in self.names.items():
-            if parameter.requires_grad and (found := fragment(parameter)):
+            if not parameter.requires_grad:
+                continue
+            if not self.sharded:
+                next(shadows).copy_(read(global_name(name)))
+            elif found := fragment(parameter):
                 mine = self.shadow[found.group].narrow(0, found.start, found.numel)
-                mine.copy_(local[name].flatten()[found.start_in_parameter :][: found.numel])
+                mine.copy_(read(global_name(name)).flatten()[found.start_in_parameter :][: found.numel])
 
     def _whole_parameters(self) -> Iterator[dict[str, Tensor]]:
         """One after the other, on the processes of the first expert-parallel group; of an expert, all its peers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -19,12 +21,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from switchdit.engine.checkpoint_writer import SnapshotEngine
 from switchdit.engine.clipping import clip_gradients
-from switchdit.errors import UserError
+from switchdit.errors import FaultError, UserError
+from switchdit.ranks import RANK_VARIABLES, rank_variables
 
 T = TypeVar("T")
 
@@ -43,15 +47,6 @@ class Processes:
         return self.rank == 0
 
 
-# What launchers call this process's rank, the number of processes, and its rank within the machine
-RANK_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # deepspeed, torchrun, the scripts in launchers/
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun: not SLURM_NTASKS, which a job's shell has too
-)
-
-
 def init_processes() -> Processes:
     """Join the process group that the launcher describes in the environment (`RANK_VARIABLES`); alone without one.
 
@@ -62,11 +57,11 @@ def init_processes() -> Processes:
     """
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls in DeepSpeed
-    if "WORLD_SIZE" not in os.environ:
-        theirs = next((names for names in RANK_VARIABLES if all(name in os.environ for name in names)), None)
+    if not os.environ.get("WORLD_SIZE"):
+        theirs = rank_variables()
         if theirs and int(os.environ[theirs[1]]) > 1:
             os.environ.update({ours: os.environ[name] for ours, name in zip(RANK_VARIABLES[0], theirs, strict=True)})
-            if "MASTER_ADDR" not in os.environ:
+            if not os.environ.get("MASTER_ADDR"):
                 raise UserError(
                     f"MASTER_ADDR is not set, but {theirs[1]} is {os.environ[theirs[1]]}: it must name the machine of "
                     "rank 0; launchers/mpi.sh and launchers/slurm.sh set it"
@@ -74,7 +69,7 @@ def init_processes() -> Processes:
         else:  # alone, beside whatever else runs on this machine
             os.environ["MASTER_PORT"] = str(_free_port())
     for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(variable, alone)
+        os.environ[variable] = os.environ.get(variable) or alone  # an empty one is none
     os.environ.setdefault("MASTER_PORT", "29500")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -99,10 +94,9 @@ def agree(validate: Callable[[], T]) -> T:
     result, mistake = None, None
     try:
         result = validate()
-    except UserError as problem:
-        mistake = str(problem)
-    if messages := told_by_all(mistake):
-        raise UserError(messages[0])
+    except (UserError, FaultError) as problem:
+        mistake = problem
+    raise_together(mistake)
     return result
 
 
@@ -111,6 +105,31 @@ def told_by_all(message: str | None) -> list[str]:
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, message)
     return [text if rank == 0 else f"(process {rank}) {text}" for rank, text in enumerate(everyone) if text]
+
+
+def raise_together(problem: UserError | FaultError | None) -> None:
+    """Raise on all processes what any of them has; collective."""
+    everyone: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problem and (isinstance(problem, FaultError), str(problem)))
+    for rank, told in enumerate(everyone):
+        if told:
+            is_fault, text = told
+            raise (FaultError if is_fault else UserError)(text if rank == 0 else f"(process {rank}) {text}")
+
+
+def check_same(**values: Any) -> None:
+    """Raise `UserError`, on all processes, unless all of them have the same; collective."""
+    digests = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for name, value in values.items()
+    }
+    everyone: list[dict[str, bytes]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
+    for rank, theirs in enumerate(everyone):
+        if differing := [name for name in digests if theirs[name] != everyone[0][name]]:
+            raise UserError(
+                f"process {rank} has another {' and another '.join(differing)} than process 0; all machines must have "
+                "the same files"
+            )
 
 
 def from_first(value: T) -> T:
@@ -139,8 +158,11 @@ def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspee
         deepspeed_config["bf16"].setdefault("check_grad_overflow", True)
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=deepspeed_config)
-    except (deepspeed.runtime.config.DeepSpeedConfigError, pydantic.ValidationError) as problem:
+    except (DeepSpeedConfigError, pydantic.ValidationError) as problem:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
+    except (AssertionError, TypeError, ValueError, ZeroDivisionError) as problem:  # of settings that it never checks
+        told = " ".join(f"{type(problem).__name__}: {problem}".split())
+        raise UserError(f"DeepSpeed cannot use its configuration: {told}") from problem
     engine.clip_fp32_gradients = partial(clip_gradients, engine)  # called without ZeRO alone
     engine.checkpoint_engine = SnapshotEngine()
     engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py cannot read expert checkpoints

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from switchdit.engine.global_state import EXPERTS
 from switchdit.errors import FaultError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take the machine away
 SPIKE_MEMORY = 100  # steps over which the recent mean of the loss forgets, and which it needs before it judges
 
 
@@ -22,17 +20,11 @@ class Notices:
     """What one process knows and all must act on, told beside training and heard one step later.
 
     The flags travel over gloo from host to host, so that no process waits for its device.
-
-    Attributes:
-        stop_requested: whether this process got a signal of `STOP_SIGNALS`.
     """
 
     def __init__(self):
-        self.stop_requested = False
         self.group = torch.distributed.new_group(backend="gloo")
         self._on_its_way: tuple[Any, Tensor] | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._request_stop)
 
     def exchange(self, *flags: bool) -> list[bool]:
         """Tell ``flags``, and hear for each whether any process had set it at the call before; collective."""
@@ -49,9 +41,6 @@ class Notices:
         (work, tensor), self._on_its_way = self._on_its_way, None
         work.wait()
         return tensor.bool().tolist()
-
-    def _request_stop(self, number: int, frame: Any) -> None:
-        self.stop_requested = True
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -76,7 +65,11 @@ def step_if_finite(engine: DeepSpeedEngine) -> bool:
         del engine.optimizer.step
         return False
     engine.step()
-    return stage_0 or not at_boundary or not engine.optimizer.overflow
+    if stage_0 or not at_boundary or not engine.optimizer.overflow:
+        return True
+    for held in (engine.optimizer.averaged_gradients, engine.optimizer.all_grad_tensors):
+        held.update(dict.fromkeys(held))  # with offload_optimizer DeepSpeed would add the next step's to them
+    return False
 
 
 def _gradients_are_finite(model: nn.Module) -> bool:

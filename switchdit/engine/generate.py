@@ -128,8 +128,12 @@ def sample_grid(
     weights: dict[str, Tensor],
     process: GaussianDiffusion | RectifiedFlow,
     device: torch.device,
+    tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """The picture that monitors show: four images of each of the first ``monitor.sample_classes`` classes."""
+    """The picture that monitors show: four images of each of the first ``monitor.sample_classes`` classes.
+
+    ``tick`` is called after every sampling step.
+    """
     averaged = build_averaged_model(model, weights, device, config.sample.dtype)
     labels = np.repeat(np.arange(min(averaged.num_classes, max(1, config.monitor.sample_classes))), 4)
     images = generate(
@@ -140,5 +144,6 @@ def sample_grid(
         list(range(len(labels))),
         config.sample,
         config.train.seed,
+        tick,
     )
     return image_grid(images, columns=4)

@@ -5,7 +5,7 @@ The names are those of the same model with ``ep_size=1``, so that such a state d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from deepspeed import comm as dist
@@ -32,6 +32,16 @@ def global_name(local_name: str, first_expert: int) -> str:
         return local_name
     local, field = rest.split(".", 1)
     return f"{layer}{EXPERTS}{first_expert + int(local)}.{field}"
+
+
+def global_name_of(model: nn.Module) -> Callable[[str], str]:
+    """What gives the global name of this process's parameters."""
+    first_expert = {prefix: moe.local_experts.start for prefix, moe in mixtures(model)}
+
+    def named(local_name: str) -> str:
+        return global_name(local_name, next((n for p, n in first_expert.items() if local_name.startswith(p)), 0))
+
+    return named
 
 
 def gather_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -126,11 +126,15 @@ class Monitor:
         self._restart(step)
         return losses
 
-    def fault(self, step: int, what: str, samples: list[int], **values: float) -> None:
-        """A line in ``faults.jsonl``: ``what`` happened at ``step``, and which images of the data set it saw."""
+    def fault(self, step: int, what: str, samples: list[int], told_at: int, **values: float) -> None:
+        """A line in ``faults.jsonl``: ``what`` happened at ``step``, and which images of the data set it saw.
+
+        ``told_at``: the step at which it is known; a run that is resumed before it will tell it again.
+        """
         if self.writer:
-            self.writer.add_scalar(f"faults/{what}", 1, step)
-            append_line(self.faults_path, json.dumps({"step": step, "what": what, **values, "samples": samples}))
+            self.writer.add_scalar(f"faults/{what}", 1, told_at)
+            line = {"step": step, "what": what, **values, "told_at": told_at, "samples": samples}
+            append_line(self.faults_path, json.dumps(line))
 
     def log_samples(self, step: int, images: np.ndarray) -> None:
         """A picture (H, W, 3) uint8."""
@@ -184,11 +188,12 @@ def _quiet_on_full_disk(problem: threading.ExceptHookArgs) -> None:
 def _cut_log(path: Path, first_step: int) -> None:
     """Keep the lines up to ``first_step``."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+            entry = json.loads(line)
+            if line.endswith("\n") and entry.get("told_at", entry["step"]) <= first_step:
                 kept.append(line)
-        except json.JSONDecodeError:  # cut off by an interruption
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut off by an interruption, or not ours
             continue
     with atomic_write(path, "w") as file:
         file.writelines(kept)

@@ -10,8 +10,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from switchdit.engine.checkpoint import (
     damage,
     find_checkpoint,
     read_state,
-    remove_partial_checkpoints,
 )
+from switchdit.engine.engine import agree, told_by_all
 from switchdit.errors import UserError, without_passwords
-from switchdit.files import atomic_write, write_json
+from switchdit.files import atomic_write, check_writable, write_json
 from switchdit.progress import say
 
 
@@ -57,9 +57,15 @@ def candidates(config: Config, resume: str | None) -> list[Path]:
         UserError: if the run's folder holds checkpoints that would be mixed up, or a named checkpoint is not whole.
     """
     path = Path(config.run_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir '{path}' is a file")
-    existing = checkpoint_folders(path / "checkpoints")
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run_dir '{path}' is a file")
+        check_writable(path, "run_dir")
+        existing = checkpoint_folders(path / "checkpoints")
+    except (OSError, ValueError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise UserError(f"run_dir '{path}' cannot be used: {getattr(problem, 'strerror', None) or problem}") from None
     if resume is None:
         if existing:
             raise UserError(
@@ -78,20 +84,16 @@ def candidates(config: Config, resume: str | None) -> list[Path]:
     return [chosen]
 
 
-def choose_start(
-    config: Config, found: list[Path], resume: str | None, agree: Callable[[str | None], list[str]]
-) -> Start:
-    """The first of ``found`` whose files are what was written; each process looks at its share of them.
-
-    Args:
-        agree: gives what this process complains of, or None, to all, and returns all complaints.
+def choose_start(config: Config, found: list[Path], resume: str | None) -> Start:
+    """The first of ``found`` whose files are what was written; each process looks at its share of them; collective.
 
     Raises:
         UserError: if none is left, or the one chosen lies beyond ``train.steps``.
     """
     damaged = []
     for path in found:
-        if complaints := agree(damage(path, dist.get_rank(), dist.get_world_size())):
+        share = partial(damage, path, dist.get_rank(), dist.get_world_size())
+        if complaints := told_by_all(agree(share)):
             damaged.append((path, complaints[0]))
             continue
         if (step := read_state(path)["step"]) > config.train.steps:
@@ -118,7 +120,6 @@ def write_run_files(config: Config, deepspeed_config: dict[str, Any], world_size
     """Write down what is run; on the first process, once nothing can be refused any more."""
     path = Path(config.run_dir)
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    remove_partial_checkpoints(path / "checkpoints")
     with atomic_write(path / "config.yaml", "w") as file:
         yaml.safe_dump(config_to_dict(config), file, sort_keys=False)
     write_json(path / "deepspeed_config.json", deepspeed_config)

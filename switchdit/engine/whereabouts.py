@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
+import dis
 import os
 import sys
 import threading
@@ -27,10 +27,9 @@ def whereabouts() -> tuple[bool, str]:
 def _innermost(frame: FrameType | None) -> tuple[bool, str]:
     """Of one thread: whether the project's innermost frame has called a collective, and "file:line function"."""
     program = getattr(sys.modules["__main__"], "__file__", None)
-    # wait() of an asynchronous collective is C++: its caller is the last frame that Python knows
-    # a frame that is just being set up has no line
-    line = frame and frame.f_lineno and linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    waits = ".wait(" in (line or "")
+    # wait() of an asynchronous collective is C++: its caller is the last frame that Python knows. No file is read: what
+    # it lies on may be what hangs.
+    waits = frame is not None and _calls(frame) == "wait"
     while frame:
         code = frame.f_code
         if code.co_filename.startswith(COLLECTIVES):
@@ -40,3 +39,14 @@ def _innermost(frame: FrameType | None) -> tuple[bool, str]:
             return waits, f"{file}:{frame.f_lineno} {code.co_name}"
         frame = frame.f_back
     return waits, ""
+
+
+def _calls(frame: FrameType) -> str | None:
+    """The method whose call a frame is in, by its bytecode."""
+    method = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset > frame.f_lasti:
+            break
+        if instruction.opname in ("LOAD_METHOD", "LOAD_ATTR"):
+            method = instruction.argval
+    return method

@@ -28,18 +28,23 @@ class MultiExpertDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, drop_label: Tensor | None = None) -> Tensor:
         """As `DiT.forward`. In training, a denoiser without samples has gradients of zero rather than none."""
+        trains = self.training and torch.is_grad_enabled()
         num_denoisers = len(self.denoisers)
         owner = (t * num_denoisers // self.num_timesteps).long().clamp(0, num_denoisers - 1)
         if drop_label is None and self.training and self.class_dropout_prob > 0:
             drop_label = torch.rand(len(y), device=y.device) < self.class_dropout_prob
-        parts, order, idle = [], [], 0.0
+        parts, order = [], []
         for i, denoiser in enumerate(self.denoisers):
             mine = (owner == i).nonzero().squeeze(1)
-            if len(mine):
-                denoiser.class_dropout_prob = self.class_dropout_prob
-                denoiser.activation_checkpointing = self.activation_checkpointing
-                parts.append(denoiser(x[mine], t[mine], y[mine], None if drop_label is None else drop_label[mine]))
-                order.append(mine)
-            elif self.training:  # attention kernels refuse empty batches; ZeRO's hooks need every gradient
-                idle = idle + 0.0 * sum(p.sum() for p in denoiser.parameters() if p.requires_grad)
-        return torch.cat(parts)[torch.cat(order).argsort()] + idle
+            if not len(mine) and not trains:
+                continue
+            # ZeRO fills its buckets in the order in which gradients come, and ranks exchange them in that order: where
+            # a rank has no samples for a denoiser, a real backward pass through it must run all the same. Attention
+            # kernels refuse empty batches, so that it gets the first sample, of whose output nothing is kept.
+            seen = mine if len(mine) else mine.new_zeros(1)
+            denoiser.class_dropout_prob = self.class_dropout_prob
+            denoiser.activation_checkpointing = self.activation_checkpointing
+            out = denoiser(x[seen], t[seen], y[seen], None if drop_label is None else drop_label[seen])
+            parts.append(out[: len(mine)])
+            order.append(mine)
+        return torch.cat(parts)[torch.cat(order).argsort()]

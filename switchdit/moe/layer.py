@@ -10,7 +10,8 @@ whole samples travel, with uneven all-to-all splits; nothing has a capacity, not
 raw top-k probabilities weigh the outputs.
 
 With several expert-parallel ranks either samples travel to the experts or the experts' weights to the samples (see
-dispatch.py); the numbers are the same.
+dispatch.py); the numbers are the same to rounding: mixtures of ranks are rounded, then added, where merged experts are
+rounded once.
 
 This file, token_layer.py and engine/ are the only places that import deepspeed.
 """
@@ -102,9 +103,10 @@ class SampleMOELayer(MOELayer):
     def _gather(self, z: Tensor, route: Route) -> Pending:
         """Get the experts of all ranks. The next layer's set out while this block is computed: two layers' are here at
         a time, but for what autograd keeps for the backward pass."""
-        for experts in route.experts:
-            experts.begin()
-        route.experts = route.experts[:1]  # where a block is computed again, the next layer's are not needed
+        own, *following = route.experts
+        own.begin()
+        for experts in following:
+            experts.begin_ahead()
         return partial(self._mix_here, z, route)
 
     @torch.compiler.disable

@@ -37,20 +37,28 @@ class Route:
 
 
 class ExpertsOnTheirWay:
-    """The weights of all M experts of a layer, gathered once for each time they are taken."""
+    """The weights of all M experts of a layer, gathered once for each time they are taken: again, where the layer is
+    computed again."""
 
     def __init__(self, local: nn.ModuleList, group):
         self.local, self.group = local, group  # this rank's experts, and all ranks that have others
         self.pending: Pending | None = None
+        self.was_taken = False
 
     def begin(self) -> None:
         if self.pending is None:
             weight, bias = stacked(self.local)
             self.pending = begin_gather(torch.cat([weight, bias.unsqueeze(1)], dim=1), self.group)
 
+    def begin_ahead(self) -> None:
+        """`begin`, for a layer whose turn is to come: it has been where the one before it is computed again."""
+        if not self.was_taken:
+            self.begin()
+
     def take(self) -> tuple[Tensor, Tensor]:
-        """Weights (M, D, D) and biases (M, D)."""
-        pending, self.pending = self.pending, None
+        """Weights (M, D, D) and biases (M, D), waited for."""
+        self.begin()
+        pending, self.pending, self.was_taken = self.pending, None, True
         weight, bias = pending().split([len(self.local[0].weight), 1], dim=1)
         return weight, bias.squeeze(1)
 

@@ -1,0 +1,56 @@
+"""What processes agree on, with their collectives imitated: each test says what the others have."""
+
+import pickle
+
+import pytest
+import torch
+
+from switchdit.engine import engine
+from switchdit.engine.engine import agree, build_engine, check_same, told_by_all
+from switchdit.errors import FaultError, UserError
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Three processes; this one is the second. Give what the first and the third tell."""
+
+    def tell(first, third) -> None:
+        def gather(everyone: list, mine: object) -> None:
+            everyone[:] = [first(mine), pickle.loads(pickle.dumps(mine)), third(mine)]
+
+        monkeypatch.setattr(engine.dist, "get_world_size", lambda: 3)
+        monkeypatch.setattr(engine.dist, "all_gather_object", gather)
+
+    return tell
+
+
+def test_a_mistake_of_one_is_everybodys(others):
+    others(lambda _: None, lambda _: None)
+    assert agree(lambda: 5) == 5
+
+    def mistaken():
+        raise UserError("no such file")
+
+    with pytest.raises(UserError, match=r"^\(process 1\) no such file$"):
+        agree(mistaken)
+    others(lambda _: (True, "disk broken"), lambda _: None)
+    with pytest.raises(FaultError, match="^disk broken$"):
+        agree(mistaken)
+    assert told_by_all("x") == [(True, "disk broken"), "(process 1) x"]
+
+
+def test_processes_that_were_told_something_else_are_named(others):
+    others(lambda mine: mine, lambda mine: mine)
+    check_same(config={"lr": 1}, latents="abc")
+    others(lambda mine: mine, lambda mine: {**mine, "latents": b"other", "config": b"stale"})
+    with pytest.raises(UserError, match="^process 2 has another config and another latents than process 0; all mach"):
+        check_same(config={"lr": 1}, latents="abc")
+
+
+def test_what_deepspeed_cannot_use_is_told_in_a_line(monkeypatch):
+    def refuse(**_):
+        raise AssertionError("optimizer\n  is not known")
+
+    monkeypatch.setattr(engine.deepspeed, "initialize", refuse)
+    with pytest.raises(UserError, match="^DeepSpeed cannot use its configuration: AssertionError: optimizer is not k"):
+        build_engine(torch.nn.Linear(1, 1), {"optimizer": {"type": "NoSuch"}})
