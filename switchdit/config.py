@@ -177,10 +177,10 @@ class MonitorConfig:
 
 @dataclass
 class FaultsConfig:
-    """When a run is in trouble; 0 switches a check off.
+    """When a run is in trouble; 0 switches a check off, but for the first.
 
     max_skipped_steps: in a row, for a loss or gradient that is not finite; then the run stops.
-    hash_every: steps between comparisons of the parameters over all processes.
+    hash_every: steps between comparisons of the parameters over all processes; also before each checkpoint.
     spike_sigma: a step whose loss lies this many standard deviations above the recent mean is written down.
     hang_timeout, peer_timeout: seconds without progress of a process, or without a sign of life, until all others end.
     """

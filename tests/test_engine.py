@@ -34,7 +34,7 @@ def test_a_mistake_of_one_is_everybodys(others):
     with pytest.raises(UserError, match=r"^\(process 1\) no such file$"):
         agree(mistaken)
     others(lambda _: (True, "disk broken"), lambda _: None)
-    with pytest.raises(FaultError, match="^disk broken$"):
+    with pytest.raises(FaultError, match=r"^disk broken$"):
         agree(mistaken)
     assert told_by_all("x") == [(True, "disk broken"), "(process 1) x"]
 
@@ -43,7 +43,7 @@ def test_processes_that_were_told_something_else_are_named(others):
     others(lambda mine: mine, lambda mine: mine)
     check_same(config={"lr": 1}, latents="abc")
     others(lambda mine: mine, lambda mine: {**mine, "latents": b"other", "config": b"stale"})
-    with pytest.raises(UserError, match="^process 2 has another config and another latents than process 0; all mach"):
+    with pytest.raises(UserError, match=r"^process 2 has another config and another latents than process 0; all mach"):
         check_same(config={"lr": 1}, latents="abc")
 
 
@@ -52,5 +52,5 @@ def test_what_deepspeed_cannot_use_is_told_in_a_line(monkeypatch):
         raise AssertionError("optimizer\n  is not known")
 
     monkeypatch.setattr(engine.deepspeed, "initialize", refuse)
-    with pytest.raises(UserError, match="^DeepSpeed cannot use its configuration: AssertionError: optimizer is not k"):
+    with pytest.raises(UserError, match=r"^DeepSpeed cannot use its configuration: AssertionError: optimizer is not k"):
         build_engine(torch.nn.Linear(1, 1), {"optimizer": {"type": "NoSuch"}})

@@ -16,8 +16,9 @@ from switchdit.engine.global_state import gather_experts, global_name_of
 class Ema:
     """``shadow <- decay * shadow + (1 - decay) * master`` for this rank's part of the float32 master weights.
 
-    Under ZeRO-1 and 2 that is the partition beside the optimizer's, so no rank holds a full copy; under stage 0 it is
-    the parameters themselves. bf16 weights are never averaged: their rounding alone moves the mean by 3e-4.
+    Under ZeRO-1 and 2 that is the partition beside the optimizer's, so no rank trains with a full copy (the first
+    gathers one in host memory to save it); under stage 0 it is the parameters themselves. bf16 weights are never
+    averaged: their rounding alone moves the mean by 3e-4.
     """
 
     def __init__(self, engine: DeepSpeedEngine, decay: float):
