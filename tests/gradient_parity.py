@@ -21,12 +21,12 @@ from launching import WORKERS, launched
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # processes, ep_size
 SETTINGS = {
-    "system": ("Switch-DiT", "Diff-MoE"),
+    "system": ("Switch-DiT", "Diff-MoE", "Multi-Expert-DiT"),
     "routing": ("mixed", "idle", "same"),
     "dispatch": ("samples", "weights"),
     "stage": (0, 1, 2),
     "accumulation": (1, 2),
-    "clip": (0.0, 0.3),
+    "clip": (0.0, 0.15),
     "dtype": ("float32", "bf16"),
     "activation_checkpointing": (0, 1, 2),  # 2: blocks that are recomputed and blocks that are not, in turn
 }
@@ -37,13 +37,16 @@ Combination = dict[str, str | int | float]
 
 
 def combinations(ep_size: int) -> list[Combination]:
-    """All that can be: bf16 needs ZeRO's master weights, and only timestep experts elsewhere can travel."""
+    """All that can be: bf16 needs ZeRO's master weights, and only timestep experts elsewhere can travel.
+
+    To Multi-Expert-DiT ep_size means nothing: its denoisers are on every rank, and idle where no sample needs them.
+    """
     every = [dict(zip(SETTINGS, values, strict=True)) for values in itertools.product(*SETTINGS.values())]
     return [
         how
         for how in every
         if not (how["dtype"] == "bf16" and how["stage"] == 0)
-        and not (how["dispatch"] == "weights" and (ep_size == 1 or how["system"] == "Diff-MoE"))
+        and not (how["dispatch"] == "weights" and (ep_size == 1 or how["system"] != "Switch-DiT"))
     ]
 
 
@@ -107,7 +110,7 @@ class Row:
         return line(columns) + (f"  WRONG: {', '.join(wrong)}" if wrong else "")
 
 
-WIDTHS = (9, 7, 10, 7, 8, 5, 12, 4, 7, 24, 18, 18, 18, 18)
+WIDTHS = (9, 7, 16, 7, 8, 5, 12, 4, 7, 24, 18, 18, 18, 18)
 HEAD = ("processes", "ep_size", *SETTINGS, *KINDS)
 
 

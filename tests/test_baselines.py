@@ -154,6 +154,48 @@ def test_idle_denoisers_have_zero_gradients():
         assert any(g.abs().max() > 0 for g in gradients) == (i in (0, 3))
 
 
+def test_idle_denoisers_take_no_part_in_what_comes_out():
+    """In training they see a sample, so that backward passes are alike on all ranks; without gradients they rest."""
+    model = build_model("Multi-Expert-DiT-S/2", **TINY).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for i in (1, 2):
+        torch.nn.init.constant_(model.denoisers[i].final_layer.linear.bias, float("nan"))
+    model.class_dropout_prob = 0.0
+    seen = [0] * 4
+    for i, denoiser in enumerate(model.denoisers):
+        denoiser.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, len(args[0])))
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([900, 10, 20]), torch.arange(3)
+    trained = model(x, t, y)
+    assert seen == [2, 1, 1, 1]
+    trained.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    seen[:] = [0] * 4
+    with torch.no_grad():
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(x, t, y), trained)
+    assert torch.equal(model.eval()(x, t, y), trained)
+    assert seen == [2, 0, 0, 1]
+
+
+def test_gradients_come_in_the_same_order_whoever_is_idle():
+    model = build_model("Multi-Expert-DiT-S/2", **TINY).train()
+    order = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+
+    def ready(*t: int) -> list[str]:
+        order.clear()
+        model(torch.randn(len(t), 4, 8, 8), torch.tensor(t), torch.zeros(len(t), dtype=torch.long)).sum().backward()
+        return list(order)
+
+    busy = ready(10, 300, 600, 900)
+    assert len(busy) == sum(p.requires_grad for p in model.parameters())
+    for t in ((10, 20), (900, 300), (600, 999, 10)):
+        assert ready(*t) == busy
+
+
 def test_label_dropout_of_the_multi_expert_model_can_be_switched_off():
     model = build_model("Multi-Expert-DiT-S/2", **TINY).train()
     for parameter in model.parameters():

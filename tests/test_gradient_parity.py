@@ -8,6 +8,7 @@ import torch
 from gradient_parity import SETTINGS, TOPOLOGIES, Table, combinations, covering, pairs
 
 from switchdit.models import SYSTEMS, build_model
+from switchdit.moe import routes
 
 TINY = {"input_size": 8, "depth": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3}
 QUICK = [(2, 2)]
@@ -64,6 +65,21 @@ def test_recomputed_blocks_change_no_bit(system, every):
     assert len(calls) == 2 * len(blocks) + len(blocks) // every
     assert all(torch.equal(recomputed[name], value) for name, value in kept.items())
     assert any(value.any() for value in kept.values())
+
+
+def test_experts_are_gathered_again_where_their_layer_is_computed_again(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(routes, "begin_gather", lambda local, _: gathered.append(local) or (lambda: local))
+    layer = build_model("Switch-DiT-S/2", **TINY, num_experts=2, top_k=1).blocks[0].moe.deepspeed_moe.experts
+    coming = routes.ExpertsOnTheirWay(layer.deepspeed_experts, None)
+    coming.begin_ahead()
+    coming.begin()
+    weight, bias = coming.take()
+    assert (weight.shape, bias.shape, len(gathered)) == ((2, 32, 32), (2, 32), 1)
+    coming.begin_ahead()
+    assert len(gathered) == 1  # the layer before it is computed again
+    again, _ = coming.take()
+    assert torch.equal(again, weight) and len(gathered) == 2
 
 
 def test_nothing_is_recomputed_in_evaluation():

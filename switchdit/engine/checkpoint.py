@@ -42,7 +42,13 @@ from switchdit.engine.checkpoint_writer import (
 from switchdit.engine.ema import Ema
 from switchdit.engine.engine import raise_together
 from switchdit.engine.ownership import Ownership
-from switchdit.engine.resharding import load_resharded, optimizer_names
+from switchdit.engine.resharding import (
+    check_optimizer,
+    layout_digest,
+    load_resharded,
+    optimizer_identity,
+    optimizer_names,
+)
 from switchdit.errors import FaultError, UserError
 from switchdit.files import atomic_write, inside, make_folder, sha256_of
 from switchdit.progress import say
@@ -130,6 +136,7 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "step": step,
             "topology": topology(self.engine),
+            "optimizer": optimizer_identity(self.engine),
             "optimizer_names": optimizer_names(self.engine),
             **about,
             **extra,
@@ -199,13 +206,16 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema, about: dict[s
     """Continue from ``path``; collective. Returns the number of steps done and what ``state.json`` holds.
 
     Raises:
-        UserError: if the checkpoint is of another model or run.
+        UserError: if the checkpoint is of another model, run or optimizer.
     """
     state = read_state(path)
     for key, value in about.items():
         if key in state and state[key] != value:  # what an older version did not write cannot be compared
             raise UserError(f"checkpoint '{path}' is of another {_difference(key, state[key], value)}")
-    if state["topology"] == topology(engine):
+    check_optimizer(path, state, engine)
+    here, identity = topology(engine), optimizer_identity(engine)
+    as_saved = {"layout": None, **state["topology"]} == here and state.get("optimizer", identity) == identity
+    if as_saved:
         engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=True)
     else:
         load_resharded(path, state, engine)
@@ -322,12 +332,13 @@ def read_ema(path: Path) -> dict[str, torch.Tensor]:
 
 
 def topology(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """How a run is spread: what DeepSpeed's files depend on."""
+    """How a run is spread: what DeepSpeed's files depend on; collective."""
     return {
         "world_size": dist.get_world_size(),
         "ep_size": getattr(engine.module, "ep_size", 1),
         "zero_stage": int(engine.zero_optimization_stage()),
         "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
+        "layout": layout_digest(engine),
     }
 
 

@@ -9,10 +9,12 @@ on the whole batch in float64.
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
@@ -23,17 +25,31 @@ from switchdit.engine.global_state import gather_experts, load_global_state_dict
 from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
 
 WIDTH = 32
-COMMON = {"input_size": 8, "hidden_size": WIDTH, "num_heads": 2, "num_classes": 3, "num_experts": 4, "top_k": 2}
-FIELDS = {"Switch-DiT": {"depth": 3}, "Diff-MoE": {"depth": 2, "mlp_ratio": 1.0}}
+COMMON = {"input_size": 8, "hidden_size": WIDTH, "num_heads": 2, "num_classes": 3}
+EXPERTS = {"num_experts": 4, "top_k": 2}
+FIELDS = {
+    "Switch-DiT": {"depth": 3, **EXPERTS},
+    "Diff-MoE": {"depth": 2, "mlp_ratio": 1.0, **EXPERTS},
+    "Multi-Expert-DiT": {"depth": 2, "mlp_ratio": 1.0, "num_denoisers": 4},
+}
+# by ZeRO stage and precision; for stage 1 in float32, which is not shipped, that of stage 0
+SHIPPED = {
+    (0, "float32"): "zero0_fp32",
+    (1, "float32"): "zero0_fp32",
+    (1, "bf16"): "zero1_bf16",
+    (2, "float32"): "zero2_fp32",
+    (2, "bf16"): "zero2_bf16",
+}
 GLOBAL_BATCH, STEPS, LR = 16, 2, 0.3
-# experts that nobody chooses: the last leaves whole ranks without samples
+# experts (or denoisers) that nobody chooses: the last leaves whole ranks without samples
 REFUSED = {"mixed": (), "idle": (2,), "same": (2, 3)}
-EXPERTS = ".deepspeed_experts."
+EXPERT = re.compile(r"\b(?:deepspeed_experts|denoisers)\.(\d+)\.")  # in a parameter's name
 ZERO = 1e-6  # the largest entry of a tensor that is taken to be zero
 
 
 def small_model(system: str, ep_size: int = 1) -> torch.nn.Module:
-    return build_model(f"{system}-S/2", **COMMON, **FIELDS[system], ep_size=ep_size, class_dropout_prob=0.0)
+    fields = {**COMMON, **FIELDS[system], **({} if system == "Multi-Expert-DiT" else {"ep_size": ep_size})}
+    return build_model(f"{system}-S/2", **fields, class_dropout_prob=0.0)
 
 
 @functools.cache
@@ -47,7 +63,7 @@ def initial_weights(system: str, routing: str) -> dict[str, torch.Tensor]:
             value.copy_(0.1 * torch.randn(value.shape, generator=rng))
         if name.endswith("gate.wg.bias"):
             value[refused] = -50.0
-        if system == "Diff-MoE" and EXPERTS in name:
+        if system == "Diff-MoE" and EXPERT.search(name):
             value *= 2  # alike experts give the gates differences of nearly equal numbers, which float32 cannot tell
         if (
             system == "Diff-MoE"
@@ -62,9 +78,10 @@ def initial_weights(system: str, routing: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def batches() -> list[tuple[torch.Tensor, ...]]:
+def batches(system: str, routing: str) -> list[tuple[torch.Tensor, ...]]:
+    """x, t, y and target of each step. Whole denoisers own their timesteps: there these decide who is idle."""
     rng = torch.Generator().manual_seed(11)
-    return [
+    of_steps = [
         (
             torch.randn(GLOBAL_BATCH, 4, 8, 8, generator=rng),
             torch.randint(0, 1000, (GLOBAL_BATCH,), generator=rng),
@@ -73,6 +90,10 @@ def batches() -> list[tuple[torch.Tensor, ...]]:
         )
         for _ in range(STEPS)
     ]
+    if system == "Multi-Expert-DiT":
+        for _, t, _, _ in of_steps:
+            t -= 500 * torch.isin(t // 250, torch.tensor(REFUSED[routing]))
+    return of_steps
 
 
 class Loss:
@@ -90,11 +111,11 @@ class Loss:
         self.step += 1
 
     def __call__(self, engine, x, t, y, target) -> torch.Tensor:
+        if not self.has_prior:
+            return (engine(x, t, y).float() - target).square().mean()
         out, routing = engine(x, t, y, return_routing=True)
-        loss = (out.float() - target).square().mean()
-        if self.has_prior:
-            loss = loss + diffusion_prior_loss(routing.probs, t, self.prior, self.assignment, len(self.model.blocks))
-        return loss
+        prior = diffusion_prior_loss(routing.probs, t, self.prior, self.assignment, len(self.model.blocks))
+        return (out.float() - target).square().mean() + prior
 
 
 @functools.cache
@@ -106,15 +127,15 @@ def plain(system: str, routing: str, clip: float) -> dict[str, torch.Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss_of = Loss(model)
     results = {}
-    for step, batch in enumerate(batches()):
+    for step, batch in enumerate(batches(system, routing)):
         loss_of.start_step()
         model.zero_grad()
         loss = loss_of(model, *batch)
         loss.backward()
         if step == 0:
             results |= {f"grad/{name}": p.grad.clone() for name, p in trained.items()}
-            idle = [j for j in range(4) if not any(p.grad.any() for n, p in trained.items() if f"{EXPERTS}{j}." in n)]
-            assert idle == list(REFUSED[routing])
+            busy = {int(found[1]) for name, p in trained.items() if (found := EXPERT.search(name)) and p.grad.any()}
+            assert busy == set(range(4)) - set(REFUSED[routing])
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip or float("inf"))
         assert norm > 2 * clip, "clipping must bite"
         results |= {f"loss/{step}": loss.detach(), f"norm/{step}": norm}
@@ -133,25 +154,25 @@ def run(how: dict, ep_size: int, processes) -> dict[str, torch.Tensor]:
             module.dispatch = how["dispatch"]
     accumulation, in_bf16 = how["accumulation"], how["dtype"] == "bf16"
     micro_batch = GLOBAL_BATCH // (processes.world_size * accumulation)
+    config = json.loads((ROOT / f"ds_configs/{SHIPPED[how['stage'], how['dtype']]}.json").read_text())
+    config["zero_optimization"] |= {"stage": how["stage"], "reduce_bucket_size": 3000, "allgather_bucket_size": 3000}
     engine = build_engine(
         model,
         {
+            **config,
             "train_batch_size": GLOBAL_BATCH,
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": how["clip"],
             "optimizer": {"type": "SGD", "params": {"lr": LR}},
-            "zero_optimization": {"stage": how["stage"], "reduce_bucket_size": 3000, "allgather_bucket_size": 3000},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": in_bf16},
-            "steps_per_print": 10**9,
         },
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss_of = Loss(model)
     results = {}
     engine.train()
-    for step, batch in enumerate(batches()):
+    for step, batch in enumerate(batches(how["system"], how["routing"])):
         loss_of.start_step()
         loss_of_step = torch.zeros(())
         for micro_step in range(accumulation):
@@ -201,7 +222,7 @@ def part_of(name: str) -> str:
     kind, _, parameter = name.partition("/")
     if kind in ("loss", "norm"):
         return name
-    part = "experts" if EXPERTS in parameter else "gates" if ".gate.wg" in parameter else "rest"
+    part = "experts" if EXPERT.search(parameter) else "gates" if ".gate.wg" in parameter else "rest"
     return f"{kind}/{part}"
 
 
