@@ -45,4 +45,9 @@ keep_running mpi_workers "${mpiexec[@]}" "${options[@]}" env "${settings[@]}" ba
     export RANK=${OMPI_COMM_WORLD_RANK:-$PMI_RANK} WORLD_SIZE=${OMPI_COMM_WORLD_SIZE:-$PMI_SIZE}
     export LOCAL_RANK=${OMPI_COMM_WORLD_LOCAL_RANK:-$MPI_LOCALRANKID}
     export LOCAL_WORLD_SIZE=${OMPI_COMM_WORLD_LOCAL_SIZE:-$MPI_LOCALNRANKS}
+    if [ -z "$RANK" ] || [ -z "$WORLD_SIZE" ] || [ -z "$LOCAL_RANK" ]; then
+        [ "${RANK:-0}" -ne 0 ] || echo "error: this mpiexec gives its processes no rank, or none within their machine;" \
+            "Open MPI, MPICH (Hydra) and Intel MPI do" >&2
+        exit 2
+    fi
     exec "$0" -u "$@"' "$(command -v python)" "$@"

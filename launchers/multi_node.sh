@@ -56,6 +56,10 @@ if [ -n "${NODE_RANK:-}" ]; then
     [ -z "$interface" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
     workers=deepspeed_workers
 else
+    # DeepSpeed joins the words to a line for the other machines' shells, and quotes none of these
+    for word in "$@"; do
+        [[ $word != *[\;\&\|\<\>\(\)\{\}\$\`\\\"\'\*\?\#\%[:cntrl:]]* ]] || { echo "error: $(printf %q "$word") has a sign that the shells of the other machines would act on; write the value into the YAML file, or choose another name" >&2; exit 2; }
+    done
     options+=(--master_addr "${MASTER_ADDR:-$(head -n 1 <<<"$hosts")}")
     workers=remote_workers
 fi

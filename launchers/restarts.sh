@@ -4,52 +4,91 @@
 # 75 stopped by SIGTERM or SIGUSR1 with everything saved; 130 Ctrl-C; any other a fault.
 
 SECONDS_BEFORE_RESTART=5
+SECONDS_TO_SAVE=60 # of processes that their launch has left behind
 
 # keep_running WORKERS COMMAND...
 #   WORKERS  a command that, given the id of COMMAND's process, prints those of the processes that train
-# Returns the exit code of COMMAND, but 75 or 130 where this script was asked to stop and COMMAND ended in a fault.
+# Returns the exit code of COMMAND, but 75 where it was asked to stop before it had processes that train, 130 where
+# Ctrl-C ended it in a fault, and 1 where it ended with 0 and left processes behind. After a wish to stop nothing starts
+# again: a fault then is returned as it is, since not everything is saved.
 keep_running() {
-    local workers=$1 tries=0 asked='' interrupted code=0 child='' resume=()
+    local workers=$1 tries=0 asked='' unstarted='' interrupted code=0 child='' ended left
     shift
-    trap 'asked=USR1 interrupted=yes; stop_workers "$workers" "$child" USR1' TERM USR1 HUP
-    trap 'asked=INT interrupted=yes; stop_workers "$workers" "$child" INT' INT
+    # HUP: the terminal was closed, and may not be written to any more
+    trap 'asked=USR1 interrupted=yes; stop_workers' TERM USR1 HUP
+    trap 'asked=INT interrupted=yes; stop_workers' INT
     while true; do
         # a process group of its own: Ctrl-C would also reach DeepSpeed's launcher, which kills the others before they
         # can end by themselves
         set -m
-        "$@" "${resume[@]}" &
+        "$@" &
         child=$!
         set +m
+        [ -z "$asked" ] || stop_workers # the signal came before there was a process to hand it to
         while true; do
             interrupted=''
             code=0
             wait "$child" || code=$?
             [ -n "$interrupted" ] || break
         done
-        child=''
+        ended=$child child=''
+        left=$(left_behind "$workers" "$ended")
+        if [ -n "$left" ]; then
+            warn "the launch ended with $(described "$code") and left processes behind: they are stopped"
+            end_processes $left
+            [ "$code" -ne 0 ] || code=1
+        fi
         case $code in 0 | 2 | 75 | 130) return "$code" ;; esac
         [ "$asked" = INT ] && return 130
-        [ -n "$asked" ] && return 75
-        [ "$tries" -lt "${RESTARTS:-0}" ] || return "$code"
+        [ -n "$unstarted" ] && return 75
+        [ -z "$asked" ] && [ "$tries" -lt "${RESTARTS:-0}" ] || return "$code"
         tries=$((tries + 1))
-        echo "the program ended with $(described "$code"); restart $tries of $RESTARTS in $SECONDS_BEFORE_RESTART seconds" >&2
+        warn "the program ended with $(described "$code"); restart $tries of $RESTARTS in $SECONDS_BEFORE_RESTART seconds"
         sleep "$SECONDS_BEFORE_RESTART" & wait $! || true # a trap does not have to wait for the end of a wait
         [ "$asked" = INT ] && return 130
-        [ -n "$asked" ] && return 75
-        read -ra resume <<<"$(resume_options "$@")"
+        [ -z "$asked" ] || return "$code"
+        with_resume "$@"
+        set -- "${words[@]}"
     done
 }
 
-# stop_workers WORKERS CHILD SIGNAL: the signal to the processes that train; before there are any, the launch is ended
+# for the traps of keep_running: its signal to the processes that train; before there are any, the launch is ended
 stop_workers() {
     local pids
-    [ -n "$2" ] || return 0
-    pids=$("$1" "$2") || pids=''
+    [ -n "$child" ] || return 0
+    pids=$("$workers" "$child") || pids=''
     if [ -n "$pids" ]; then
-        kill -"$3" $pids 2>/dev/null || true
+        kill -"$asked" $pids 2>/dev/null || true
     else
-        kill -TERM -- "-$2" 2>/dev/null || true
+        unstarted=yes
+        kill -TERM -- "-$child" 2>/dev/null || true
     fi
+}
+
+# left_behind WORKERS CHILD: ids of the processes that CHILD, which has ended, has left. DeepSpeed's launcher ends with 0
+# when the process that started the workers is killed.
+left_behind() {
+    local tries pids
+    for tries in 1 2 3 4 5 6 7 8 9 10; do # helpers of Python end a moment after it
+        pids=$(alive $(pgrep -g "$2") $("$1" "$2"))
+        [ -n "$pids" ] || return 0
+        sleep 0.2
+    done
+    echo "$pids"
+}
+
+# alive PID...: those that have not ended; one that nobody waits for stays as a zombie where the first process is no init
+alive() { ps -eo pid=,stat= | awk -v pids=" $* " '$2 !~ /^Z/ && index(pids, " " $1 " ") {print $1}'; }
+
+# end_processes PID...: they save and end; what cannot is killed
+end_processes() {
+    local deadline=$((SECONDS + SECONDS_TO_SAVE))
+    kill -TERM "$@" 2>/dev/null || true
+    while [ -n "$(alive "$@")" ]; do
+        [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$@" 2>/dev/null || true
+        [ "$SECONDS" -lt $((deadline + 5)) ] || return 0 # in the kernel, where no signal reaches it
+        sleep 0.2
+    done
 }
 
 # deepspeed starts deepspeed.launcher.launch, which starts the workers: neither passes a signal on, both end at SIGUSR1
@@ -61,16 +100,21 @@ deepspeed_workers() {
 # mpiexec passes SIGUSR1 and SIGINT on by itself, to all machines
 mpi_workers() { echo "$1"; }
 
-# what makes a training that is started again continue, where the user did not say from where
-resume_options() {
-    local word trains=''
+# with_resume WORD...: sets the array words to them, and adds --resume auto behind switchdit/train.py where the user did
+# not say from where to continue
+with_resume() {
+    local word
+    words=()
     for word in "$@"; do
+        words+=("$word")
         case $word in
-            --resume | --resume=*) return 0 ;;
-            switchdit/train.py | */switchdit/train.py) trains=yes ;;
+            --res*)
+                words=("$@")
+                return
+                ;;
+            switchdit/train.py | */switchdit/train.py) words+=(--resume auto) ;;
         esac
     done
-    [ -z "$trains" ] || echo "--resume auto"
 }
 
 # "code 247 (SIGKILL)": a shell reports signal N as 128 + N, DeepSpeed's launcher as 256 - N
@@ -80,6 +124,8 @@ described() {
     [ "$1" -ge 224 ] && number=$((256 - $1))
     echo "code $1$([ "$number" -eq 0 ] || echo " (SIG$(kill -l "$number"))")"
 }
+
+warn() { echo "$1" >&2 || true; }
 
 # whole NAME VALUE LEAST: refuse what is no whole number of at least LEAST
 whole() {

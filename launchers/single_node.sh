@@ -8,7 +8,7 @@
 #
 #   NPROC            processes: one for each GPU; on a machine without one, CPU processes that talk over gloo
 #                    (default: the number of GPUs, or 1)
-#   CUDA_VISIBLE_DEVICES  GPUs to use, e.g. 4,5 (default: all)
+#   CUDA_VISIBLE_DEVICES  numbers of the GPUs to use, e.g. 4,5 (default: all)
 #   DS_ACCELERATOR   cuda or cpu (default: cuda where nvidia-smi lists a GPU, else cpu)
 #   MASTER_PORT      port on which the processes meet (default: DeepSpeed's 29500); give each run on a machine its own
 #   OMP_NUM_THREADS  threads of each process (default: cores / processes on CPU, 4 beside a GPU)
@@ -28,14 +28,21 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 if [ -z "${DS_ACCELERATOR:-}" ]; then
     [ "$gpus" -gt 0 ] && DS_ACCELERATOR=cuda || DS_ACCELERATOR=cpu
 fi
-devices=${CUDA_VISIBLE_DEVICES:-}
+devices=
+if [ "$DS_ACCELERATOR" = cuda ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    devices=$CUDA_VISIBLE_DEVICES
+    [[ $devices =~ ^[0-9]+(,[0-9]+)*$ ]] || { echo "error: CUDA_VISIBLE_DEVICES is '$devices'; it must be numbers as nvidia-smi counts, e.g. 4,5; without GPUs set DS_ACCELERATOR=cpu" >&2; exit 2; }
+    gpus=$(tr ',' '\n' <<<"$devices" | wc -l)
+fi
 unset CUDA_VISIBLE_DEVICES # the launcher would ignore it, or take it for a hostfile
-[ "$DS_ACCELERATOR" = cuda ] || devices=
-[ -n "$devices" ] && gpus=$(tr ',' '\n' <<<"$devices" | wc -l)
 [ "$DS_ACCELERATOR" = cuda ] && default=$gpus || default=1
 NPROC=${NPROC:-$default} RESTARTS=${RESTARTS:-0}
 whole NPROC "$NPROC" 1
 whole RESTARTS "$RESTARTS" 0
+if [ "$DS_ACCELERATOR" = cuda ] && [ "$gpus" -gt 0 ] && [ "$NPROC" -gt "$gpus" ]; then
+    echo "error: NPROC is $NPROC, but $([ -n "$devices" ] && echo "CUDA_VISIBLE_DEVICES=$devices names" || echo "there are") $gpus GPUs; each process needs one" >&2
+    exit 2
+fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     OMP_NUM_THREADS=4
     [ "$DS_ACCELERATOR" = cuda ] || OMP_NUM_THREADS=$(( $(nproc) / NPROC > 0 ? $(nproc) / NPROC : 1 ))
@@ -45,7 +52,7 @@ export DS_ACCELERATOR OMP_NUM_THREADS
 slots=(--num_accelerators "$NPROC")
 [ -n "$devices" ] && slots=(--include "localhost:$(cut -d, -f1-"$NPROC" <<<"$devices")")
 command=(deepspeed "${slots[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
-[ -z "${LOG:-}" ] || exec > >(tee -ia "$LOG") 2>&1
+[ -z "${LOG:-}" ] || exec > >(trap '' HUP && exec tee -ia "$LOG") 2>&1
 echo "+ ${command[*]}"
 code=0
 keep_running deepspeed_workers "${command[@]}" || code=$?

@@ -6,11 +6,14 @@
 #
 # Training continues from the run's newest checkpoint (--resume auto is added). Two minutes before the job's time ends
 # slurm sends SIGUSR1 to the processes; training saves and ends with code 75, and the job goes back into the queue under
-# its number. So it does after a fault, up to RESTARTS times in a row. Finished runs, mistakes and scancel end it.
+# its number. So it does after a fault, up to RESTARTS times without a new checkpoint. Finished runs, mistakes and scancel
+# end it.
 # slurm's options may be given to sbatch or written below.
 #
 #   GPUS_PER_NODE    processes per node (default: what slurm reports, or 8); srun starts each of them
-#   RESTARTS         faults in a row after which the job is not queued again (default: 5)
+#   RESTARTS         faults without a new checkpoint between them after which the job is not queued again (default: 5)
+#   SLURM_WAIT       seconds from the end of the first process of a training until those that are stuck are killed
+#                    (default: 300, more than any of them takes to end by itself; 0: never)
 #   MASTER_PORT      port on which the processes meet (default: derived from the job's number)
 #   OMP_NUM_THREADS  threads of each process (default: 4)
 #   NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_DEBUG  reach all processes as they are
@@ -41,14 +44,27 @@ read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # srun does not take it over from sbatch by itself
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} DS_ACCELERATOR=${DS_ACCELERATOR:-cuda}
-read -ra resume <<<"$(resume_options "$@")"
-set -- "$@" "${resume[@]}"
+with_resume "$@"
+set -- "${words[@]}"
+case $1 in
+    switchdit/train.py | */switchdit/train.py) trains=yes wait=${SLURM_WAIT:-300} ;;
+    *) trains='' wait=${SLURM_WAIT:-0} ;; # of some programs the last part is rank 0's work alone
+esac
 echo "+ $SLURM_NNODES nodes x $per_node processes, meeting at $MASTER_ADDR:$MASTER_PORT, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
 
+# the name of the run's newest checkpoint
+newest_checkpoint() {
+    [ -n "$trains" ] && python -c 'if True:
+        from switchdit.config import load_config
+        from switchdit.train import arguments
+        args = arguments()
+        print(open(load_config(args.config, args.overrides).run_dir + "/checkpoints/latest").read())' "${@:2}" 2>/dev/null
+}
+
 # Each task is a worker itself, so that slurm's signals reach it. A task that ends leaves the others alone: they end by
-# themselves, with the code that tells what happened, and some programs leave work to rank 0.
+# themselves, with the code that tells what happened. What is stopped, or waits for a disk that is gone, never would.
 code=0
-srun --kill-on-bad-exit=0 --wait=0 --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * per_node))" \
+srun --kill-on-bad-exit=0 --wait="$wait" --nodes="$SLURM_NNODES" --ntasks="$((SLURM_NNODES * per_node))" \
     --ntasks-per-node="$per_node" bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
         LOCAL_WORLD_SIZE=$0 exec python -u "$@"' "$per_node" "$@" || code=$?
 
@@ -64,10 +80,12 @@ case $code in
         echo "stopped with everything saved: job $SLURM_JOB_ID goes back into the queue"
         ;;
     *)
-        echo "start $((${SLURM_RESTART_COUNT:-0} + 1)): $(described "$code")" >>"$faults"
+        newest=$(newest_checkpoint "$@") || newest=none
+        [[ ! -f $faults || $(tail -n 1 "$faults") == *"newest checkpoint: $newest" ]] || rm "$faults" # it has got further
+        echo "start $((${SLURM_RESTART_COUNT:-0} + 1)): $(described "$code"); newest checkpoint: $newest" >>"$faults"
         count=$(wc -l <"$faults")
         if [ "$count" -gt "$RESTARTS" ]; then
-            echo "error: the program ended with $(described "$code"), fault $count in a row, RESTARTS is $RESTARTS: the job ends" >&2
+            echo "error: the program ended with $(described "$code"), fault $count without a new checkpoint, RESTARTS is $RESTARTS: the job ends" >&2
             rm -f "$faults"
             exit "$code"
         fi

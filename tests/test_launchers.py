@@ -25,6 +25,8 @@ def clean(environment: dict[str, str]) -> dict[str, str]:
         "MAKELEVEL",
         "RESTARTS",
         "LOG",
+        "CUDA_VISIBLE_DEVICES",
+        "DS_ACCELERATOR",
     )
     return {**{k: v for k, v in os.environ.items() if k not in drop}, **environment}
 
@@ -64,7 +66,8 @@ def recorder(tmp_path) -> dict[str, str]:
     (copy / "switchdit/train.py").touch()
     shutil.copytree(ROOT / "launchers", copy / "launchers")
     restarts = copy / "launchers/restarts.sh"
-    restarts.write_text(restarts.read_text().replace("SECONDS_BEFORE_RESTART=5", "SECONDS_BEFORE_RESTART=0"))
+    quick = restarts.read_text().replace("SECONDS_BEFORE_RESTART=5", "SECONDS_BEFORE_RESTART=0")
+    restarts.write_text(quick.replace("SECONDS_TO_SAVE=60", "SECONDS_TO_SAVE=1"))
     return {"PATH": f"{folder}:{os.environ['PATH']}", "REPOSITORY": str(copy)}
 
 
@@ -90,6 +93,32 @@ def test_single_node(recorder):
     assert "error: NPROC is 'two'; it must be a whole number of at least 1" in done.stderr
 
 
+def test_gpus_are_named_as_the_launcher_understands(recorder, tmp_path):
+    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/bash\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\nGPU 3\\n'\n")
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
+    for environment, options in (
+        ({}, "--num_accelerators 4"),
+        ({"NPROC": "2"}, "--num_accelerators 2"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "NPROC": "1"}, "--include localhost:2"),
+        ({"CUDA_VISIBLE_DEVICES": "", "NPROC": "3", "DS_ACCELERATOR": "cpu"}, "--num_accelerators 3"),
+    ):
+        done = run(launcher, "a.py", **recorder, **environment)
+        assert done.stdout.endswith(f"deepspeed was given: {options} a.py\n"), done.stdout + done.stderr
+    for environment, says in (
+        ({"NPROC": "8"}, "NPROC is 8, but there are 4 GPUs"),
+        ({"NPROC": "8", "CUDA_VISIBLE_DEVICES": "2,3"}, "NPROC is 8, but CUDA_VISIBLE_DEVICES=2,3 names 2 GPUs"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES is ''; it must be numbers"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8f6a,GPU-11"}, "CUDA_VISIBLE_DEVICES is 'GPU-8f6a,GPU-11'; it must be numbers"),
+    ):
+        done = run(launcher, "a.py", **recorder, **environment)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith(f"error: {says}")
+        assert done.stderr.count("\n") == 1
+
+
 def test_several_nodes(recorder, tmp_path):
     launcher = Path(recorder["REPOSITORY"]) / "launchers/multi_node.sh"
     hostfile = tmp_path / "hosts"
@@ -112,6 +141,20 @@ def test_several_nodes(recorder, tmp_path):
         assert says in done.stderr
 
 
+@pytest.mark.parametrize("word", ["data.latents=/d/a(b)", "/d/a;b", "a$(b)", "a'b", "a\tb", "100%"])
+def test_ssh_is_given_no_word_that_a_shell_would_act_on(recorder, tmp_path, word):
+    launcher = Path(recorder["REPOSITORY"]) / "launchers/multi_node.sh"
+    (tmp_path / "hosts").write_text("node1 slots=8\n")
+    done = run(
+        launcher, "a.py", "sample.guidance_interval=[0, 100]", word, HOSTFILE=str(tmp_path / "hosts"), **recorder
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "has a sign that the shells of the other machines would act on" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("codes", "ends", "starts"),
     [
@@ -132,7 +175,7 @@ def test_a_fault_starts_training_again(recorder, tmp_path, name, codes, ends, st
     given = [line for line in done.stdout.splitlines() if "was given" in line]
     assert len(given) == starts
     assert given[0].endswith("switchdit/train.py --config x.yaml a.b=c d")  # the user's first start is the user's
-    assert all(line.endswith("switchdit/train.py --config x.yaml a.b=c d --resume auto") for line in given[1:])
+    assert all(line.endswith("switchdit/train.py --resume auto --config x.yaml a.b=c d") for line in given[1:])
     told = [line for line in done.stderr.splitlines() if "the program ended with" in line]
     assert len(told) == starts - 1
     if codes.startswith("247"):
@@ -141,7 +184,8 @@ def test_a_fault_starts_training_again(recorder, tmp_path, name, codes, ends, st
 
 def test_what_is_started_again_keeps_the_users_words(recorder):
     launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
-    for words in (["switchdit/train.py", "--resume", "runs/a"], ["switchdit/sample.py", "--out", "o"]):
+    resumed = (["switchdit/train.py", option, "runs/a"] for option in ("--resume", "--resum"))
+    for words in (*resumed, ["switchdit/train.py", "--resume=runs/a"], ["switchdit/sample.py", "--out", "o"]):
         (Path(recorder["REPOSITORY"]).parent / "starts").unlink(missing_ok=True)
         done = run(launcher, *words, CODES="1", RESTARTS="1", DS_ACCELERATOR="cpu", NPROC="1", **recorder)
         assert done.returncode == 0
@@ -160,6 +204,8 @@ if level == "2":
     import signal
     def end(number, frame):
         print(signal.Signals(number).name, flush=True)
+        if "--fault" in sys.argv:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.3)
         os._exit({{signal.SIGUSR1: 75, signal.SIGTERM: 75, signal.SIGINT: 130}}[number])
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -170,7 +216,9 @@ launch = ["-m", "deepspeed.launcher.launch", f"--master_port={{os.environ.get('M
 command = [sys.executable, __file__, *(launch if level == "0" else ["--local_rank=0"])]
 if "--never" in sys.argv:
     time.sleep(30)
-sys.exit(subprocess.run(command, env={{**os.environ, "LEVEL": str(int(level) + 1)}}).returncode)
+command += [word for word in sys.argv[1:] if word == "--fault"]
+code = subprocess.run(command, env={{**os.environ, "LEVEL": str(int(level) + 1)}}).returncode
+sys.exit(code % 256 if level == "1" else max(code, 0))
 """
 
 
@@ -190,6 +238,57 @@ def test_a_signal_reaches_the_workers_and_their_code_comes_back(recorder, tmp_pa
     lines = log.read_text().splitlines()
     assert lines.count("worker is up") == 1  # no restart
     assert lines[-1] == seen
+
+
+def start(recorder: dict[str, str], log: Path, *words: str, **variables: str) -> subprocess.Popen:
+    """single_node.sh, with `TREE` for DeepSpeed's launcher, whose worker is up."""
+    (log.parent / "bin/deepspeed").write_text(TREE.format(python=sys.executable))
+    launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
+    environment = clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", **variables})
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [launcher, "switchdit/train.py", *words], env=environment, stdout=output, stderr=output
+        )
+    wait_for_line(log, "worker is up")
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_fault_after_a_wish_to_stop_is_no_saved_stop(recorder, tmp_path, number):
+    process = start(recorder, tmp_path / "log", "--fault", RESTARTS="3")
+    process.send_signal(number)
+    assert process.wait(20) == 256 - signal.SIGKILL
+    assert (tmp_path / "log").read_text().count("worker is up") == 1
+
+
+@pytest.mark.parametrize(("restarts", "code"), [("0", 1), ("1", 75)])
+def test_a_launch_that_is_killed_is_a_fault_and_leaves_no_process_behind(recorder, tmp_path, restarts, code):
+    log = tmp_path / "log"
+    process = start(recorder, log, RESTARTS=restarts)
+    [launch] = children(process.pid, "deepspeed.launcher.launch")
+    [worker] = children(launch, "--local_rank=0")
+    os.kill(launch, signal.SIGKILL)
+    if restarts == "1":
+        wait_for_line(log, "worker is up", times=2)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == code
+    lines = log.read_text().splitlines()
+    assert "the launch ended with code 0 and left processes behind: they are stopped" in lines
+    assert lines[lines.index("worker is up") + 1 :].count("SIGTERM") == 1  # the worker could save
+    assert not is_running(worker)
+
+
+def test_a_signal_between_the_start_of_a_launch_and_the_note_of_its_number_is_not_lost(tmp_path):
+    script = """
+        . launchers/restarts.sh
+        none() { false; }
+        set -o functrace
+        trap 'if [[ $BASH_COMMAND == child=?! ]]; then kill -TERM $$; fi' DEBUG
+        keep_running none sleep 30"""
+    began = time.monotonic()
+    done = run("bash", "-c", script)
+    assert done.returncode == 75, done.stderr
+    assert time.monotonic() - began < 10
 
 
 def test_a_signal_reaches_workers_that_ssh_started(recorder, tmp_path):
@@ -224,11 +323,26 @@ def test_a_signal_before_there_are_workers_ends_the_launch(recorder, tmp_path):
     assert process.wait(10) == 75
 
 
-def wait_for_line(path: Path, line: str, seconds: float = 20) -> None:
+def wait_for_line(path: Path, line: str, seconds: float = 20, times: int = 1) -> None:
     deadline = time.monotonic() + seconds
-    while not (path.exists() and line in path.read_text()):
+    while not (path.exists() and path.read_text().count(line) >= times):
         assert time.monotonic() < deadline, f"no line '{line}' in {path}"
         time.sleep(0.02)
+
+
+def children(process: int, sign: str) -> list[int]:
+    """Descendants of a process whose command line has ``sign``, down to the first of each branch."""
+    found = []
+    for child in map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()):
+        command = Path(f"/proc/{child}/cmdline").read_text()
+        found += [child] if sign in command else children(child, sign)
+    return found
+
+
+def is_running(process: int) -> bool:
+    """Zombies, which nobody waits for where the first process is no init, have ended."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def slurm_job(repository: Path) -> dict[str, str]:
@@ -249,10 +363,10 @@ def test_slurm(recorder):
     assert done.returncode == 0
     assert (
         "2 nodes x 4 processes, meeting at nodeA:24711, start 1: "
-        "switchdit/train.py --config x.yaml --resume auto" in done.stdout
+        "switchdit/train.py --resume auto --config x.yaml" in done.stdout
     )
-    assert "--nodes=2 --ntasks=8 --ntasks-per-node=4 bash -c" in done.stdout
-    assert done.stdout.rstrip().endswith(" 4 switchdit/train.py --config x.yaml --resume auto")
+    assert "--kill-on-bad-exit=0 --wait=300 --nodes=2 --ntasks=8 --ntasks-per-node=4 bash -c" in done.stdout
+    assert done.stdout.rstrip().endswith(" 4 switchdit/train.py --resume auto --config x.yaml")
     assert "requeue" not in done.stdout.partition("srun was given")[2]
     done = run(launcher, "switchdit/train.py", **recorder)
     assert done.returncode == 2
@@ -274,7 +388,8 @@ def test_slurm_queues_the_job_again(recorder, tmp_path):
         done = run(launcher, "switchdit/train.py", **recorder, **job)
         assert f"start {count + 1}: " in done.stdout
         if count == 5:
-            assert "error: the program ended with code 1, fault 3 in a row, RESTARTS is 2: the job ends" in done.stderr
+            told = "error: the program ended with code 1, fault 3 without a new checkpoint, RESTARTS is 2: the job ends"
+            assert told in done.stderr
         ended.append((done.returncode, "scontrol was given: requeue 4711" in done.stdout))
     queued, mistake = (0, True), (2, False)
     assert ended == [
@@ -287,6 +402,31 @@ def test_slurm_queues_the_job_again(recorder, tmp_path):
         mistake,
     ]  # the third fault in a row is the last
     assert not list(repository.glob("*.faults"))
+
+
+def test_slurm_counts_faults_since_the_newest_checkpoint(recorder):
+    repository = Path(recorder["REPOSITORY"])
+    shutil.rmtree(repository / "switchdit")
+    (repository / "switchdit").symlink_to(ROOT / "switchdit")
+    (repository / "a.yaml").write_text((ROOT / "switchdit/configs/digits.yaml").read_text())
+    checkpoints = repository / "runs/a/checkpoints"
+    checkpoints.mkdir(parents=True)
+    words = ["switchdit/train.py", "--config", "a.yaml", "--deepspeed_config", "ds.json", "run_dir=runs/a"]
+    (repository.parent / "bin/python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (repository.parent / "bin/python").chmod(0o755)
+    job = {**slurm_job(repository), "RESTARTS": "1", "CODES": "137 " * 5}
+    counts = []
+    for newest in (None, "step_0000010", "step_0000020", "step_0000020"):
+        if newest:
+            (checkpoints / "latest").write_text(newest)
+        done = run(repository / "launchers/slurm.sh", *words, **recorder, **job)
+        counts.append((done.returncode, len(list(repository.glob("*.faults")))))
+        if counts[-1] == (0, 1):
+            [line] = (repository / "slurm-4711.faults").read_text().splitlines()
+            assert line.endswith(f"code 137 (SIGKILL); newest checkpoint: {newest or 'none'}")
+    assert counts == [(0, 1), (0, 1), (0, 1), (137, 0)]
+    done = run(repository / "launchers/slurm.sh", "a.yaml", **recorder, **job)
+    assert "--wait=0 " in done.stdout  # no training: the last part may be the work of one process
 
 
 def test_mpi(recorder, tmp_path):
@@ -306,6 +446,26 @@ def test_mpi(recorder, tmp_path):
         done = run(launcher, "a.py", **recorder, **environment)
         assert done.returncode == 2
         assert says in done.stderr
+    (tmp_path / "bin/mpiexec").write_text('#!/bin/bash\nexec "${@:3}"\n')
+    for environment in ({}, {"PMI_RANK": "0", "PMI_SIZE": "2"}, {"PMI_RANK": "1", "PMI_SIZE": "2"}):
+        done = run(launcher, "a.py", NPROC="2", **recorder, **environment)
+        assert done.returncode == 2
+        line = "error: this mpiexec gives its processes no rank, or none within their machine"
+        assert done.stderr.count(line) == (environment.get("PMI_RANK") != "1")
+        assert done.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "variables", [("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"), ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_is_told_by_one_process_of_any_launcher(variables, rank):
+    given = dict(zip(variables, (rank, "2", rank), strict=True))
+    words = ["--config", "absent.yaml", "--deepspeed_config", "x.json"]
+    done = run(sys.executable, "switchdit/train.py", *words, **{"RANK": "", **given})
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == (rank == "0")
+    assert done.stderr.count("\n") == (rank == "0")
 
 
 @pytest.mark.parametrize("door", ["extract-latents", "train", "sample", "eval-fid"])

@@ -15,8 +15,9 @@ from tiny_run import read_log, write_config, write_latents
 
 from switchdit.engine import engine as processes_of
 from switchdit.errors import UserError
+from switchdit.ranks import RANK_VARIABLES, launched_rank
 
-STEPS = 30
+STEPS = 24
 DS_CONFIG = "ds_configs/zero2_fp32.json"
 PYTHON = Path(sys.executable).parent
 
@@ -65,7 +66,8 @@ def program(path: Path, text: str) -> None:
 
 
 def config_of(folder: Path, latents: Path, run_dir: Path, **sections: dict) -> Path:
-    return write_config(folder / "config.yaml", latents, run_dir, **{"train": {"steps": STEPS}, **sections})
+    few = {"train": {"steps": STEPS}, "monitor": {"checkpoint_every": STEPS // 2, "routing_every": STEPS // 2}}
+    return write_config(folder / "config.yaml", latents, run_dir, **{**few, **sections})
 
 
 def training(config: Path) -> list[str]:
@@ -101,6 +103,7 @@ def reference(tmp_path_factory, latents) -> dict[int, dict[str, float]]:
     return log
 
 
+@pytest.mark.slow
 def test_slurm_stops_saves_queues_again_and_goes_on(tmp_path, latents, reference):
     program(tmp_path / "bin/srun", SRUN)
     program(
@@ -194,7 +197,7 @@ def test_two_machines_finish(tmp_path, latents, reference):
     assert read_log(tmp_path / "run") == reference
 
 
-LAUNCHED = [dict(zip(names, "140", strict=True)) for names in processes_of.RANK_VARIABLES]  # rank 1 of 4, local rank 0
+LAUNCHED = [dict(zip(names, "140", strict=True)) for names in RANK_VARIABLES]  # rank 1 of 4, local rank 0
 SHELL_OF_A_JOB = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 ONE_TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
 
@@ -202,7 +205,7 @@ ONE_TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "
 @pytest.fixture
 def described(monkeypatch):
     """How `init_processes` describes itself to torch, as (RANK, WORLD_SIZE, LOCAL_RANK), without a process group."""
-    for name in (*sum(processes_of.RANK_VARIABLES, ()), "MASTER_ADDR", "MASTER_PORT"):
+    for name in (*sum(RANK_VARIABLES, ()), "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that it is restored, whatever happens to it
         monkeypatch.delenv(name)
     monkeypatch.setattr(processes_of.deepspeed, "init_distributed", lambda **_: None)
@@ -220,11 +223,17 @@ def described(monkeypatch):
 
 
 @pytest.mark.parametrize("variables", LAUNCHED, ids=lambda variables: next(iter(variables)))
-def test_ranks_of_every_launcher_are_understood(described, variables):
+def test_ranks_of_every_launcher_are_understood(described, variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == 1  # known before the processes have met
     assert described({**variables, "MASTER_ADDR": "127.0.0.1"}) == (1, 4, 0)
 
 
-@pytest.mark.parametrize("variables", [{}, SHELL_OF_A_JOB, ONE_TASK])
+EMPTY = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "MASTER_ADDR": ""}
+
+
+@pytest.mark.parametrize("variables", [{}, EMPTY, SHELL_OF_A_JOB, ONE_TASK])
 def test_a_process_that_nobody_launched_is_alone(described, variables):
     assert described(variables) == (0, 1, 0)
     assert os.environ["MASTER_PORT"] != "29500"

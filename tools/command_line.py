@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from switchdit.errors import UserError
+from switchdit.ranks import launched_rank
 
 
 def told_by_rank_0(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser, which says nothing in the other processes of a launcher; it takes the launcher's --local_rank."""
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    if os.environ.get("RANK", "0") != "0":
+    if launched_rank():
         parser.error = lambda _: sys.exit(2)
         parser.print_help = lambda *_: None
     return parser
@@ -41,7 +42,7 @@ def told_when_stopped(out: Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         terminated = stop.args == (signal.SIGTERM,)
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             line = "stopped by a signal" if terminated else "interrupted"
             line += f"; finished shards are kept in {out}" if out else ""
             line += f": {CONTINUE}" if out and not terminated else ""
