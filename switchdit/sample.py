@@ -133,7 +133,7 @@ def load_run(args: argparse.Namespace, device: torch.device) -> tuple[Config, nn
     """A run's averaged weights, with the settings of the run."""
     from switchdit.data.autoencoder import load_autoencoder
     from switchdit.data.latent_dataset import UNKNOWN
-    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
+    from switchdit.engine.checkpoint_folder import find_checkpoint, read_ema, read_state
     from switchdit.engine.generate import build_averaged_model
 
     if others := [override for override in args.overrides if not override.startswith("sample.")]:

@@ -51,7 +51,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.data.latent_shards import MANIFEST
     from switchdit.data.training_batches import TrainingBatches
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
-    from switchdit.engine.checkpoint import Checkpoints, load_checkpoint, remove_partial_checkpoints
+    from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
+    from switchdit.engine.checkpoint_folder import remove_partial_checkpoints
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import (
         add_over_processes,

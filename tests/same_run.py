@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import read_log
 
-from switchdit.engine.checkpoint import damage
+from switchdit.engine.checkpoint_folder import damage
 from switchdit.engine.checkpoint_writer import load_tensors
 
 

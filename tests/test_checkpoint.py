@@ -13,9 +13,9 @@ import torch
 from deepspeed import comm as dist
 from launching import free_port
 
-from switchdit.engine import checkpoint, ownership
-from switchdit.engine.checkpoint import (
-    Checkpoints,
+from switchdit.engine import checkpoint, checkpoint_folder, ownership
+from switchdit.engine.checkpoint import Checkpoints
+from switchdit.engine.checkpoint_folder import (
     checkpoint_folders,
     complete_checkpoints,
     damage,
@@ -34,7 +34,7 @@ from switchdit.files import atomic_write, sha256_of, write_json
 
 
 def make(root, step: int, **state):
-    folder = root / checkpoint.checkpoint_name(step)
+    folder = root / checkpoint_folder.checkpoint_name(step)
     folder.mkdir(parents=True)
     write_json(folder / "state.json", {"format_version": 1, "step": step, **state})
     return folder
@@ -112,10 +112,10 @@ def test_what_is_no_damage_does_not_put_a_checkpoint_aside(tmp_path, monkeypatch
 
         return read
 
-    monkeypatch.setattr(checkpoint, "sha256_of", unreadable(errno.EACCES))
+    monkeypatch.setattr(checkpoint_folder, "sha256_of", unreadable(errno.EACCES))
     with pytest.raises(FaultError, match=r"a\.pt cannot be read: Permission denied"):
         damage(folder)
-    monkeypatch.setattr(checkpoint, "sha256_of", unreadable(errno.EIO))
+    monkeypatch.setattr(checkpoint_folder, "sha256_of", unreadable(errno.EIO))
     assert damage(folder) == "a.pt cannot be read: Input/output error"
     renamed = folder.rename(tmp_path / "step_0000002")
     assert damage(renamed) == "it is of step 1: somebody has renamed it"

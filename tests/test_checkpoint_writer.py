@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchdit.engine import checkpoint_writer
-from switchdit.engine.checkpoint import complete_checkpoints, damage, write_state
+from switchdit.engine.checkpoint_folder import complete_checkpoints, damage, write_state
 from switchdit.engine.checkpoint_writer import (
     CheckpointWriter,
     SnapshotEngine,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from switchdit import build_model, load_reference_checkpoint
-from switchdit.engine.checkpoint import FORMAT_VERSION
+from switchdit.engine.checkpoint_folder import FORMAT_VERSION
 from switchdit.engine.reference_checkpoints import MODEL_METADATA
 from switchdit.errors import UserError
 from switchdit.files import sha256_of

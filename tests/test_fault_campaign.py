@@ -16,7 +16,7 @@ from launching import ROOT
 from safetensors.torch import save_file
 from same_run import difference
 
-from switchdit.engine.checkpoint import write_state
+from switchdit.engine.checkpoint_folder import write_state
 from switchdit.engine.checkpoint_writer import tensor_file, write_hashed
 
 CAMPAIGN = ROOT / "tests/fault_campaign.py"

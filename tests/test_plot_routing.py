@@ -16,7 +16,7 @@ from scipy.spatial.distance import jensenshannon
 
 from switchdit import build_model
 from switchdit.config import config_to_dict, load_config
-from switchdit.engine.checkpoint import FORMAT_VERSION
+from switchdit.engine.checkpoint_folder import FORMAT_VERSION
 from switchdit.engine.global_state import global_state_dict
 from switchdit.moe.diffusion_prior import match_columns, prior_mask
 from tests.tiny_run import write_config

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import read_log, write_config, write_latents
 
 from switchdit import build_model, load_reference_checkpoint
-from switchdit.engine.checkpoint import read_ema
+from switchdit.engine.checkpoint_folder import read_ema
 from switchdit.engine.checkpoint_writer import load_tensors
 from switchdit.engine.global_state import global_name
 from switchdit.engine.resharding import MASTER, SavedRun, check_optimizer, read_saved_run

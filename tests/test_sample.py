@@ -12,7 +12,7 @@ import yaml
 from launching import ROOT, environment, launched
 from PIL import Image
 
-from switchdit.engine import checkpoint
+from switchdit.engine import checkpoint_folder
 from switchdit.errors import UserError
 from switchdit.sample import load_run
 
@@ -127,11 +127,11 @@ def test_published_weights(gaussian_run, gaussian_samples, tmp_path):
 
 
 def test_the_autoencoder_must_be_that_of_the_latents_where_it_is_known(gaussian_run, monkeypatch):
-    state = checkpoint.read_state(checkpoint.find_checkpoint(gaussian_run))
+    state = checkpoint_folder.read_state(checkpoint_folder.find_checkpoint(gaussian_run))
     args = Namespace(checkpoint=gaussian_run, vae=None, overrides=[])
-    monkeypatch.setattr(checkpoint, "read_state", lambda _: {**state, "vae_sha256": "unknown"})
+    monkeypatch.setattr(checkpoint_folder, "read_state", lambda _: {**state, "vae_sha256": "unknown"})
     assert load_run(args, torch.device("cpu"))[2].identity["name"] == "pixels"
-    monkeypatch.setattr(checkpoint, "read_state", lambda _: {**state, "vae_sha256": "0" * 64})
+    monkeypatch.setattr(checkpoint_folder, "read_state", lambda _: {**state, "vae_sha256": "0" * 64})
     with pytest.raises(UserError, match="'pixels' is not the one whose latents the run was trained on"):
         load_run(args, torch.device("cpu"))
 

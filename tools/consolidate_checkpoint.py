@@ -53,7 +53,7 @@ def consolidated(path: Path, which: str) -> tuple[Path, dict[str, Any], dict[str
     Raises:
         UserError: if there is no whole checkpoint, or its files are not what was written.
     """
-    from switchdit.engine.checkpoint import damage, find_checkpoint, read_ema, read_state
+    from switchdit.engine.checkpoint_folder import damage, find_checkpoint, read_ema, read_state
 
     checkpoint = find_checkpoint(path)
     if problem := damage(checkpoint):
@@ -82,7 +82,7 @@ def trained_weights(checkpoint: Path, state: dict[str, Any]) -> dict[str, Tensor
 def write(out: Path, weights: dict[str, Tensor], model: dict[str, Any], which: str, checkpoint: Path) -> None:
     from safetensors.torch import save_file
 
-    from switchdit.engine.checkpoint import MODEL_METADATA
+    from switchdit.engine.checkpoint_folder import MODEL_METADATA
 
     metadata = {"format": "pt", MODEL_METADATA: json.dumps(model), "which": which, "source": checkpoint.name}
     with atomic_write(out) as file:

@@ -143,7 +143,7 @@ def to_authors(path: Path, out: Path, masks_of_blocks: bool = False) -> dict[str
 
 
 def _our_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
+    from switchdit.engine.checkpoint_folder import find_checkpoint, read_ema, read_state
     from switchdit.engine.global_state import load_global_state_dict
     from switchdit.engine.reference_checkpoints import read_weights
 

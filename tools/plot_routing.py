@@ -81,7 +81,7 @@ def main() -> None:
 
     import torch
 
-    from switchdit.engine.checkpoint import find_checkpoint, read_ema, read_state
+    from switchdit.engine.checkpoint_folder import find_checkpoint, read_ema, read_state
     from switchdit.engine.generate import build_averaged_model
     from switchdit.models.dtr import DTR
     from switchdit.models.switch_dit import SwitchDiT

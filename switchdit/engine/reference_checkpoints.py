@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from switchdit.engine.checkpoint import MODEL_METADATA
+from switchdit.engine.checkpoint_folder import MODEL_METADATA
 from switchdit.engine.global_state import EXPERTS, global_names, load_global_state_dict
 from switchdit.engine.inert_pickle import TensorRecord, read_tensors
 from switchdit.engine.reference_names import (

@@ -22,12 +22,7 @@ from deepspeed import comm as dist
 
 import switchdit
 from switchdit.config import Config, config_to_dict
-from switchdit.engine.checkpoint import (
-    checkpoint_folders,
-    damage,
-    find_checkpoint,
-    read_state,
-)
+from switchdit.engine.checkpoint_folder import checkpoint_folders, damage, find_checkpoint, read_state
 from switchdit.engine.engine import agree, told_by_all
 from switchdit.errors import UserError, without_passwords
 from switchdit.files import atomic_write, check_writable, write_json

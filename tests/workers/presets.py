@@ -13,7 +13,8 @@ import torch
 from switchdit.config import Config, config_to_dict, load_config
 from switchdit.data.training_batches import TrainingBatches
 from switchdit.deepspeed_config import resolve_deepspeed_config
-from switchdit.engine.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_ema
+from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
+from switchdit.engine.checkpoint_folder import find_checkpoint, read_ema
 from switchdit.engine.ema import Ema
 from switchdit.engine.engine import add_over_processes, build_engine, init_processes, leave, set_optimizer
 from switchdit.engine.generate import build_averaged_model
