@@ -1,9 +1,13 @@
 """Settings shared by all tests: the CPU, unless a GPU run asks for cuda; a cache of their own."""
 
 import os
+import signal
 import tempfile
 
 CACHE = tempfile.TemporaryDirectory(prefix="switchdit-tests-")  # removed when Python ends
+
+# programs that are started hear Ctrl-C, also where these tests run in the background of a shell's script
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")

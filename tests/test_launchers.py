@@ -197,11 +197,6 @@ def test_what_is_started_again_keeps_the_users_words(recorder):
 
 
 # DeepSpeed's launcher is a process that starts another that starts the workers; a signal ends the first two.
-def popen(command: list[object], **options) -> subprocess.Popen:
-    """A program that hears Ctrl-C, which those started in the background of a shell's script do not."""
-    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
-
-
 TREE = """#!{python}
 import os, subprocess, sys, time
 level = os.environ.get("LEVEL", "0")
@@ -237,7 +232,7 @@ def test_a_signal_reaches_the_workers_and_their_code_comes_back(recorder, tmp_pa
     log = tmp_path / "log"
     launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
     environment = clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", "RESTARTS": "3", "LOG": str(log)})
-    process = popen([launcher, "switchdit/train.py"], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([launcher, "switchdit/train.py"], env=environment, stdout=subprocess.DEVNULL)
     wait_for_line(log, "worker is up")
     process.send_signal(number)
     assert process.wait(20) == code
@@ -252,7 +247,9 @@ def start(recorder: dict[str, str], log: Path, *words: str, **variables: str) ->
     launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
     environment = clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", **variables})
     with open(log, "w") as output:
-        process = popen([launcher, "switchdit/train.py", *words], env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [launcher, "switchdit/train.py", *words], env=environment, stdout=output, stderr=output
+        )
     wait_for_line(log, "worker is up")
     return process
 
@@ -309,7 +306,7 @@ def test_a_signal_reaches_workers_that_ssh_started(recorder, tmp_path):
     launcher = Path(recorder["REPOSITORY"]) / "launchers/multi_node.sh"
     environment = clean({**recorder, "HOSTFILE": str(hosts), "MASTER_PORT": str(free_port())})
     with open(log, "w") as output:
-        process = popen([launcher, "a.py"], env=environment, stdout=output)
+        process = subprocess.Popen([launcher, "a.py"], env=environment, stdout=output)
     wait_for_line(log, "worker is up")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
@@ -320,7 +317,7 @@ def test_a_signal_before_there_are_workers_ends_the_launch(recorder, tmp_path):
     (tmp_path / "bin/deepspeed").write_text(TREE.format(python=sys.executable))
     launcher = Path(recorder["REPOSITORY"]) / "launchers/single_node.sh"
     environment = clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", "RESTARTS": "3"})
-    process = popen([launcher, "a.py", "--never"], env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([launcher, "a.py", "--never"], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("+ deepspeed")
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)

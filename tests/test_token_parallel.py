@@ -8,12 +8,8 @@ import pytest
 from launching import WORKERS, launched
 
 TOPOLOGIES = [(2, 1), (2, 2), (4, 2)]
+pytestmark = pytest.mark.slow  # test_gradient_parity.py and test_resharding.py try these experts every time
 TOLERANCE = 1e-5  # float32, relative to the largest entry of a tensor
-
-
-def slow(num_processes: int) -> list[pytest.MarkDecorator]:
-    """Four processes are what test_expert_parallel.py tries every time, with the same groups."""
-    return [pytest.mark.slow] if num_processes > 2 else []
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def worst_errors(ours: dict, expected: dict, cases: tuple[str, ...]) -> dict[str
 
 @pytest.mark.parametrize(
     ("num_processes", "ep_size"),
-    [pytest.param(n, e, marks=[pytest.mark.world_size(n), *slow(n)]) for n, e in TOPOLOGIES],
+    [pytest.param(n, e, marks=pytest.mark.world_size(n)) for n, e in TOPOLOGIES],
 )
 def test_same_as_one_process(results, num_processes, ep_size):
     one, many = results(1, 1), results(num_processes, ep_size)

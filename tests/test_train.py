@@ -164,7 +164,7 @@ def test_noise_of_gates_and_learned_weights_are_part_of_the_run(tmp_path, latent
 def learned(tmp_path_factory, latents) -> Path:
     """Runs of 150 steps in several precisions."""
     folder, runs = tmp_path_factory.mktemp("learned"), {}
-    for precision in ("zero2_fp32", "zero2_bf16", "zero1_bf16"):
+    for precision in ("zero2_fp32", "zero2_bf16"):
         config = write_config(
             folder / f"{precision}.yaml",
             latents,
@@ -177,10 +177,9 @@ def learned(tmp_path_factory, latents) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["zero2_bf16", "zero1_bf16"])
-def test_it_learns_in_bfloat16_as_in_float32(learned, precision):
+def test_it_learns_in_bfloat16_as_in_float32(learned):
     errors = []
-    for name in ("zero2_fp32", precision):
+    for name in ("zero2_fp32", "zero2_bf16"):
         log = read_log(learned / name)
         assert log[150]["loss/mse"] < 0.6 * log[30]["loss/mse"], log
         assert log[150]["loss/prior"] < log[30]["loss/prior"]
