@@ -6,8 +6,9 @@ import tempfile
 
 CACHE = tempfile.TemporaryDirectory(prefix="switchdit-tests-")  # removed when Python ends
 
-# programs that are started hear Ctrl-C, also where these tests run in the background of a shell's script
+# programs that are started hear these signals, also where the tests run in the background of a script or under nohup
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")

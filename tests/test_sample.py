@@ -168,6 +168,7 @@ def test_mistakes(gaussian_run, tmp_path, arguments, says):
 
 
 @pytest.mark.world_size(3)
+@pytest.mark.slow
 def test_diff_moe_by_rectified_flow(tmp_path, latents):
     """Another system, process and sampler through the same doors, with the experts of three processes."""
     run = trained(
