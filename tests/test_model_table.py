@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchdit import build_model
 from switchdit.errors import UserError
-from switchdit.kernels.expert_mix import linear_mixture_reference
+from switchdit.kernels.expert_mix import expert_mix_reference
 from switchdit.models import SYSTEMS
 from switchdit.models.costs import gating_all_timesteps, macs, normalised_numbers, parameters
 from tests.launching import ROOT
@@ -54,7 +54,7 @@ def test_macs_are_those_of_the_running_model(name, overrides):
 
 
 def test_dense_experts_are_those_of_the_mixture_without_merging(monkeypatch):
-    monkeypatch.setattr("switchdit.moe.layer.linear_mixture", linear_mixture_reference)
+    monkeypatch.setattr("switchdit.moe.layer.expert_mix", expert_mix_reference)
     assert total("Switch-DiT-S/2", "dense", **TINY, num_experts=4) == counted("Switch-DiT-S/2", num_experts=4)
 
 

@@ -70,17 +70,13 @@ class SwitchDiTBlock(DiTBlock):
 
     def forward(self, z: Tensor, c: Tensor, e_t: Tensor, route: Route | None = None) -> Tensor:
         """(N, L, D), (N, D), (N, D) -> (N, L, D)."""
-        finish_mixture = self.moe.begin(z, e_t, route)
+        finish = self.moe.begin(z, e_t, route, multiply=self.integration == "multiply_skip_one")
         modulation = self.adaLN_modulation(c)  # has no need of the mixture, which may be on its way
-        mixture = finish_mixture()
-        if self.integration == "replace":
-            return self.modulated(mixture, modulation)
-        routed = z * mixture
-        if self.integration == "multiply":
-            return self.modulated(routed, modulation)
-        if self.integration == "multiply_skip_one":
-            routed = z + routed  # z * m with m = 1 + mixture
-        return self.modulated(routed, modulation) + (z - routed)
+        routed = finish()
+        if self.integration in ("multiply", "multiply_skip"):
+            routed = z * routed
+        out = self.modulated(routed, modulation)
+        return out + (z - routed) if "skip" in self.integration else out
 
 
 class SwitchDiT(DiT):

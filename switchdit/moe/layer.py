@@ -34,7 +34,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from switchdit.errors import UserError
-from switchdit.kernels.expert_mix import linear_mixture
+from switchdit.kernels.expert_mix import expert_mix, linear_mixture
 from switchdit.moe.exchanges import Pending, begin_rows, exchange_rows
 from switchdit.moe.experts import LinearExpert, stacked
 from switchdit.moe.routes import ExpertsOnTheirWay, Route, exchange_routes
@@ -70,49 +70,53 @@ class TimestepGate(TopKGate):
 class SampleExperts(Experts):
     """DeepSpeed's container of this rank's experts, applied as one merged matrix per sample."""
 
-    def forward(self, z: Tensor, gates: Tensor) -> Tensor:  # (n, L, D), (n, J) -> (n, L, D)
+    def forward(self, z: Tensor, gates: Tensor, multiply: bool = False) -> Tensor:  # (n, L, D), (n, J) -> (n, L, D)
         # Every local expert takes part, also with no samples at all: each parameter then gets a gradient (zero), so
         # that ZeRO-2's hooks fire in the same order with the same buckets on every rank.
-        weight, bias = stacked(self.deepspeed_experts)
-        return linear_mixture(z, weight, bias, gates)
+        return _apply(z, *stacked(self.deepspeed_experts), gates, multiply)
+
+
+def _apply(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, multiply: bool) -> Tensor:
+    return expert_mix(z, weight, bias, gates)[0] if multiply else linear_mixture(z, weight, bias, gates)
 
 
 class SampleMOELayer(MOELayer):
     """Brings samples and experts together: here, or on the ranks of the experts, or with the experts of all ranks."""
 
-    def forward(self, z: Tensor, route: Route) -> Pending:
-        """Send what has to travel; what is returned waits for it, and gives the mixture (N, L, D)."""
+    def forward(self, z: Tensor, route: Route, multiply: bool = False) -> Pending:
+        """Send what has to travel; what is returned waits for it, and gives the mixture (N, L, D), or with ``multiply``
+        the product of z with 1 + mixture."""
         if route.experts:
-            return self._gather(z, route)
+            return self._gather(z, route, multiply)
         if route.sample is not None:
-            return self._dispatch(z, route)
-        return lambda: self.experts(z, route.gates)
+            return self._dispatch(z, route, multiply)
+        return lambda: self.experts(z, route.gates, multiply)
 
     @torch.compiler.disable  # splits depend on data
-    def _dispatch(self, z: Tensor, route: Route) -> Pending:
+    def _dispatch(self, z: Tensor, route: Route, multiply: bool) -> Pending:
         """Send each sample once to every rank that holds an expert it chose."""
         there = begin_rows(z[route.sample], self.ep_group, route.send, route.receive)
-        return partial(self._mix_there, there, z, route)
+        return partial(self._mix_there, there, z, route, multiply)
 
     @torch.compiler.disable
-    def _mix_there(self, there: Pending, z: Tensor, route: Route) -> Tensor:
+    def _mix_there(self, there: Pending, z: Tensor, route: Route, multiply: bool) -> Tensor:
         back = exchange_rows(self.experts(there(), route.gates), self.ep_group, route.receive, route.send)
-        return torch.zeros_like(z).index_add(0, route.sample, back)
+        mixture = torch.zeros_like(z).index_add(0, route.sample, back)
+        return torch.addcmul(z, z, mixture) if multiply else mixture
 
     @torch.compiler.disable
-    def _gather(self, z: Tensor, route: Route) -> Pending:
+    def _gather(self, z: Tensor, route: Route, multiply: bool) -> Pending:
         """Get the experts of all ranks. The next layer's set out while this block is computed: two layers' are here at
         a time, but for what autograd keeps for the backward pass."""
         own, *following = route.experts
         own.begin()
         for experts in following:
             experts.begin_ahead()
-        return partial(self._mix_here, z, route)
+        return partial(self._mix_here, z, route, multiply)
 
     @torch.compiler.disable
-    def _mix_here(self, z: Tensor, route: Route) -> Tensor:
-        weight, bias = route.experts[0].take()
-        return linear_mixture(z, weight, bias, route.gates)
+    def _mix_here(self, z: Tensor, route: Route, multiply: bool) -> Tensor:
+        return _apply(z, *route.experts[0].take(), route.gates, multiply)
 
 
 def check_mixture(num_experts: int, top_k: int, ep_size: int) -> None:
@@ -221,12 +225,12 @@ class TimestepMoE(RoutedMoE):
             [route] = plan_routes([self], e_t)
         return self.begin(z, e_t, route)(), route.probs
 
-    def begin(self, z: Tensor, e_t: Tensor, route: Route | None = None) -> Pending:
+    def begin(self, z: Tensor, e_t: Tensor, route: Route | None = None, multiply: bool = False) -> Pending:
         """As `forward`, in two parts: what is done before the returned function is called for the mixture (N, L, D)
-        runs beside the exchange between expert-parallel ranks."""
+        runs beside the exchange between expert-parallel ranks. With ``multiply`` it gives ``z * (1 + mixture)``."""
         if route is None:
             [route] = plan_routes([self], e_t)
-        return self.deepspeed_moe(z, route)
+        return self.deepspeed_moe(z, route, multiply)
 
 
 def plan_routes(layers: Sequence[TimestepMoE], e_t: Tensor, gate_noise: Tensor | None = None) -> list[Route]:
