@@ -1,5 +1,7 @@
 """The diffusion prior against the authors' tables, matchings and losses."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchdit.errors import UserError
-from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, matching_cost, prior_mask
+from switchdit.moe.diffusion_prior import begin_matching, diffusion_prior_loss, match_columns, matching_cost, prior_mask
 
 GOLDEN = Path(__file__).parent / "golden"
 MASKS = dict(np.load(GOLDEN / "prior_masks.npz"))
@@ -92,6 +94,26 @@ def test_ties_are_broken_the_same_way_on_every_rank_and_differently_at_every_ste
     prior = prior_mask(4, 3, 2)
     assert torch.equal(match_columns(collapsed, prior, 0, 5), match_columns(collapsed, prior, 0, 5))
     assert len({tuple(match_columns(collapsed, prior, 0, step).tolist()) for step in range(5)}) > 1
+
+
+def test_matching_on_a_worker_is_that_of_the_caller_and_runs_beside_it():
+    prior = prior_mask(12, 3, 2)
+    gates = prior[:, torch.randperm(36, generator=torch.Generator().manual_seed(0))]
+    may_begin = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        worker.submit(may_begin.wait)  # the worker is busy
+        pending = [begin_matching(worker, gates, prior, 3, step) for step in range(3)]
+        may_begin.set()  # not reached if the caller had to wait
+        for step, finish in enumerate(pending):
+            assert torch.equal(finish(), match_columns(gates, prior, 3, step))
+            assert torch.equal(finish(), finish())
+
+
+def test_a_mistake_on_the_worker_is_told_to_who_asks():
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        finish = begin_matching(worker, torch.full((10, 6), torch.nan), prior_mask(2, 3, 2, 10))
+        with pytest.raises(ValueError, match="invalid"):
+            finish()
 
 
 def test_loss_is_zero_for_the_prior_itself_and_ln_2_for_the_opposite():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from switchdit import build_model, load_reference_checkpoint
 from switchdit.engine.reference_names import to_our_names
@@ -288,6 +289,33 @@ def test_shapes(patch_size, grid, channels, heads, head_width, learn_sigma, num_
     assert routing.probs.shape == (n, 2 * num_experts)
     torch.testing.assert_close(routing.probs.sum(1), torch.full((n,), 2.0))
     assert torch.equal(routing.task_expert_map.sum(1), torch.full((20,), 2.0 * top_k))
+
+
+@pytest.mark.parametrize("name", ["DiT", "DTR", "Switch-DiT", "Diff-MoE", "Multi-Expert-DiT"])
+@pytest.mark.parametrize("told", [421, 999])
+def test_a_timestep_that_all_share_may_be_told_once(name, told):
+    torch.manual_seed(0)
+    model = build_model(f"{name}-S/2", input_size=8, depth=2, hidden_size=48, num_heads=3, num_classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.double().eval()
+    x, y = torch.randn(5, 4, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4])
+    for_each = model(x, torch.full((5,), told), y)
+    torch.testing.assert_close(model(x, torch.tensor([told]), y), for_each, rtol=1e-10, atol=1e-10)
+
+
+def test_experts_are_merged_once_for_a_timestep_that_all_share():
+    model = build_model("Switch-DiT-S/2", input_size=8, depth=2, hidden_size=48, num_heads=3, num_classes=4).eval()
+    plain = build_model("DiT-S/2", input_size=8, depth=2, hidden_size=48, num_heads=3, num_classes=4).eval()
+    x, y, t = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long), torch.tensor([3])
+    flops = []
+    for m in (model, plain):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            m(x, t, y)
+        flops.append(counter.get_total_flops())
+    product, merging, gate = 8 * 16 * 48**2, 3 * (48**2 + 48), 48 * 3
+    assert flops[0] - flops[1] == 2 * 2 * (product + merging + gate)
 
 
 def test_bf16_routes_like_float32_of_the_same_weights():

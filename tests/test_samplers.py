@@ -373,13 +373,13 @@ def test_guidance_interval_of_a_shared_timestep(t):
     """Outside, the conditional prediction alone is computed; both ends are inside."""
     model, x, y = RecordingModel(), draw(3, 2, 4, 4), torch.tensor([0, 4, 2])
     out = guided(model, y, null_label=9, cfg_scale=3.0, interval=(100, 800))(x, t)
-    [(_, rows, _)] = model.calls
+    [(_, told, labels)] = model.calls
     inside = 100 <= t <= 800
-    assert len(rows) == (6 if inside else 3)
-    assert rows.dtype == (torch.int64 if isinstance(t, int) else torch.float32)
-    assert rows.tolist() == pytest.approx([t] * len(rows))
+    assert len(labels) == (6 if inside else 3)
+    assert told.dtype == (torch.int64 if isinstance(t, int) else torch.float32)
+    assert told.tolist() == pytest.approx([t])  # once, for all rows
     everywhere = guided(RecordingModel(), y, null_label=9, cfg_scale=3.0)(x, t)
-    assert torch.equal(out, everywhere if inside else RecordingModel()(x, rows, y))
+    assert torch.equal(out, everywhere if inside else RecordingModel()(x, told, y))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler"])

@@ -193,10 +193,11 @@ def guided(
         if first > channels:
             raise UserError(f"guided_channels is {first}, but x has {channels} channels")
         per_row = isinstance(t, Tensor)
-        rows = t if per_row else torch.full((n,), t, device=x.device)
+        rows = t if per_row else torch.full((1,), t, device=x.device)
         if cfg_scale == 1 or not (per_row or low <= t <= high):
             return model(x, rows, y)
-        out = model(torch.cat([x, x]), torch.cat([rows, rows]), both_y).to(arithmetic_dtype(x))  # (2N, 2C or C, H, W)
+        both_t = torch.cat([t, t]) if per_row else rows
+        out = model(torch.cat([x, x]), both_t, both_y).to(arithmetic_dtype(x))  # (2N, 2C or C, H, W)
         conditional, unconditional = out[:n], out[n:, :first]
         prediction = unconditional + cfg_scale * (conditional[:, :first] - unconditional)
         if per_row and interval is not None:

@@ -6,6 +6,7 @@ N = samples of a micro-batch, T = timesteps, B = blocks, M = experts
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from switchdit.diffusion.weightings import NUM_CLUSTERS, UncertaintyWeighting, l
 from switchdit.errors import UserError
 from switchdit.models import system_of
 from switchdit.models.switch_dit import SwitchDiT
-from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, prior_mask
+from switchdit.moe.diffusion_prior import begin_matching, diffusion_prior_loss, prior_mask
 
 TERMS = ("total", "mse", "vlb", "prior", "balance")
 
@@ -118,8 +119,8 @@ class Objective:
 
     Attributes:
         process: the diffusion process.
-        prior, task_expert_map, assignment: of the diffusion prior loss and of the pictures; None without timestep
-            gates. The last two are of the step that `start_step` began.
+        prior, task_expert_map: of the diffusion prior loss and of the pictures; None without timestep gates. The map is
+            that of the step that `start_step` began, and so is `assignment`.
         token_share: (B, E) share of the last micro-batch's tokens at each expert; None without token gates.
         identity: what must be the same on resume.
     """
@@ -131,16 +132,23 @@ class Objective:
         self.auxiliary = auxiliary_of(config)
         self.weighting = UncertaintyWeighting(config.loss.uncertainty_lr, model.num_timesteps, device)
         self.identity = {"weighting": config.loss.weighting, "auxiliary": self.auxiliary, "prior": config.loss.prior}
-        self.prior = self.task_expert_map = self.assignment = self.token_share = None
+        self.prior = self.task_expert_map = self.token_share = None
         if isinstance(model, SwitchDiT):
             sizes = (len(model.blocks), model.num_experts, model.top_k, model.num_timesteps)
             self.prior = prior_mask(*sizes, config.loss.prior).to(device)
+            self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
 
     def start_step(self, step: int) -> None:
-        """Match the prior with the gates as they are, once for all micro-batches of the step."""
+        """Match the prior with the gates as they are, once for all micro-batches of the step: begun here, done beside
+        the first forward pass."""
         if self.prior is not None:
             self.task_expert_map = self.model.task_expert_map()
-            self.assignment = match_columns(self.task_expert_map, self.prior, self.seed, step)
+            self.finish_matching = begin_matching(self.worker, self.task_expert_map, self.prior, self.seed, step)
+
+    @property
+    def assignment(self) -> Tensor:
+        """(C,) the prior's column for each column of the gates, on the CPU."""
+        return self.finish_matching()
 
     def __call__(self, engine: nn.Module, batch: Batch) -> Losses:
         """The losses of a micro-batch; ``engine`` is the model as it is trained."""
@@ -158,7 +166,7 @@ class Objective:
             if self.auxiliary == "load_balancing":
                 balance = routing.load_balance.sum()
             if self.prior is not None:  # watched also where it is not minimised
-                assignment = self.assignment.to(x_t.device)
+                assignment = self.assignment.to(x_t.device, non_blocking=True)
                 prior = diffusion_prior_loss(routing.probs, timestep, self.prior, assignment, len(self.model.blocks))
         losses = self._denoising(out, batch, x_t)
         total = self._weighted(losses, batch.t)

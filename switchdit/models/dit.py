@@ -235,7 +235,8 @@ class DiT(nn.Module):
 
         Args:
             x: (N, C, H, W) noisy latents.
-            t: (N,) timesteps, 0 to T - 1 of the full schedule.
+            t: (N,) timesteps, 0 to T - 1 of the full schedule; (1,) where all images have the same, as in sampling:
+                what depends on t alone is then done once.
             y: (N,) labels; `null_label` for "no class".
             drop_label: (N,) bool, labels to drop in training mode instead of a random choice.
 

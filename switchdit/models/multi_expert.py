@@ -30,6 +30,7 @@ class MultiExpertDiT(nn.Module):
         """As `DiT.forward`. In training, a denoiser without samples has gradients of zero rather than none."""
         trains = self.training and torch.is_grad_enabled()
         num_denoisers = len(self.denoisers)
+        t = t.expand(len(x))
         owner = (t * num_denoisers // self.num_timesteps).long().clamp(0, num_denoisers - 1)
         if drop_label is None and self.training and self.class_dropout_prob > 0:
             drop_label = torch.rand(len(y), device=y.device) < self.class_dropout_prob

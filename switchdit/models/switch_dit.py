@@ -124,6 +124,8 @@ class SwitchDiT(DiT):
         ``gate_noise``: (N, B*M) standard normal for noisy gates in training mode, instead of a random draw.
         """
         z, c, e_t = self.embed(x, t, y, drop_label)
+        if self.ep_size > 1:
+            e_t = e_t.expand(len(z), -1)  # samples travel one by one
         routes = plan_routes([block.moe for block in self.blocks], e_t, gate_noise)
         for block, route in zip(self.block_calls(), routes, strict=True):
             z = block(z, c, e_t, route)  # (N, L, D)

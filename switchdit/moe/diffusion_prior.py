@@ -9,6 +9,9 @@ bipartite matching of the binary maps, over all T timesteps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -69,7 +72,31 @@ def match_columns(task_expert_map: Tensor, prior: Tensor, seed: int = 0, step: i
     Returns:
         (C,) int64 on the CPU, a permutation.
     """
-    cost = matching_cost(task_expert_map.float(), prior.float()).cpu().numpy()
+    return _assign(matching_cost(task_expert_map.float(), prior.float()).cpu().numpy(), seed, step)
+
+
+def begin_matching(
+    worker: Executor, task_expert_map: Tensor, prior: Tensor, seed: int = 0, step: int = 0
+) -> Callable[[], Tensor]:
+    """As `match_columns`, of which only the cost is begun here, on the device; the rest is done by ``worker``, beside
+    whatever the caller goes on with. What is returned waits for it, and gives the permutation in pinned memory if the
+    maps are on a GPU."""
+    cost = matching_cost(task_expert_map.float(), prior.float())
+    if cost.device.type == "cpu":
+        return worker.submit(lambda: _assign(cost.numpy(), seed, step)).result
+    host = torch.empty(cost.shape, dtype=cost.dtype, pin_memory=True)
+    host.copy_(cost, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def assign() -> Tensor:
+        copied.synchronize()  # this thread alone waits for the device
+        return _assign(host.numpy(), seed, step).pin_memory()
+
+    return worker.submit(assign).result
+
+
+def _assign(cost: np.ndarray, seed: int, step: int) -> Tensor:
     draw = random_stream(seed, "prior matching", step)
     rows, columns = draw.permutation(len(cost)), draw.permutation(len(cost))
     matched_rows, matched_columns = linear_sum_assignment(cost[rows][:, columns])

@@ -215,11 +215,12 @@ class TimestepMoE(RoutedMoE):
         """Mixture of the experts that the timestep chooses.
 
         Args:
-            z: (N, L, D) tokens; e_t: (N, D) timestep embeddings.
+            z: (N, L, D) tokens; e_t: (N, D) timestep embeddings, or with ``ep_size`` 1 one that all share, (1, D): the
+                experts are then merged once.
             route: this layer's part of `plan_routes`, where that was called for all layers of a model at once.
 
         Returns:
-            mixture (N, L, D) and gate probabilities (N, M) float32.
+            mixture (N, L, D) and gate probabilities (N, M) or (1, M) float32.
         """
         if route is None:
             [route] = plan_routes([self], e_t)
