@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/python tools/demo.py
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 # what takes minutes: the metric protocol on a full-size network, a comparison of systems, more processes and precisions
 test-slow: setup
@@ -39,8 +39,9 @@ parity: setup
 soak: setup
 	@$(BIN)/python tests/soak.py $(ARGS)
 
-# [WHAT=metrics|latents|scaling] [ARGS="..."]: seconds and memory of the metrics on 50,000 synthetic features (5 to 10
-# minutes), of reading latents, weak scaling of training on this machine
+# [WHAT=expert_mix|step|sampling|metrics|latents|scaling] [ARGS="..."]: the mixture layer, a training step, a sampling step,
+# each beside what it is compared with (minutes); metrics on 50,000 synthetic features (5 to 10 minutes), reading latents,
+# weak scaling on this machine
 bench: setup
 	@$(BIN)/python tools/bench_$(or $(WHAT),metrics).py $(ARGS)
 

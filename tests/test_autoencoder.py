@@ -159,21 +159,20 @@ def test_pixels_are_their_own_latents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_predicted_pixels_are_limited(sampler, monkeypatch):
+def test_predicted_pixels_are_limited(sampler):
     """An untrained model under the cosine schedule foresees images of any size; pixels have none beyond 1."""
     from switchdit import build_model
     from switchdit.config import SampleConfig
     from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
-    from switchdit.engine.generate import generate
+    from switchdit.engine.generate import sample_latents
 
     torch.manual_seed(0)
     model = build_model("DiT-S/2", input_size=8, in_channels=3, depth=1, hidden_size=32, num_heads=2, num_classes=2)
-    autoencoder, seen = load_autoencoder("pixels"), []
-    monkeypatch.setattr(type(autoencoder), "decode", lambda _, latents: seen.append(latents) or latents)
+    assert load_autoencoder("pixels").bounded
     options = SampleConfig(num_steps=5, sampler=sampler, cfg_scale=1.0)
     process = GaussianDiffusion(make_betas("cosine", 1000))
-    generate(model.eval(), process, autoencoder, torch.tensor([0, 1]), [0, 1], options, seed=0)
-    monkeypatch.setattr(type(autoencoder), "bounded", False)
-    generate(model.eval(), process, autoencoder, torch.tensor([0, 1]), [0, 1], options, seed=0)
-    limited, unlimited = (float(latents.abs().max()) for latents in seen)
+    limited, unlimited = (
+        sample_latents(model.eval(), process, torch.tensor([0, 1]), [0, 1], options, 0, bounded).abs().max().item()
+        for bounded in (True, False)
+    )
     assert limited <= 1 + 1e-6 < 2 < unlimited

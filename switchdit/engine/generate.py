@@ -1,4 +1,4 @@
-"""Images from averaged weights: the model without ranks, guidance, sampler, decoder.
+"""Images from averaged weights: the model without ranks, guidance, sampler, decoder beside it.
 
 N = images, C = latent channels, h = latent size, H = image size
 """
@@ -6,6 +6,7 @@ N = images, C = latent channels, h = latent size, H = image size
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,17 @@ def check_sampling(options: SampleConfig, in_channels: int, num_timesteps: int, 
 
 
 @torch.no_grad()
-def generate(
+def sample_latents(
     model: nn.Module,
     process: GaussianDiffusion | RectifiedFlow,
-    autoencoder: Autoencoder,
     labels: Tensor,
     indices: list[int],
     options: SampleConfig,
     seed: int,
+    bounded: bool,
     tick: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """Sample and decode. Predictions of bounded latents (pixels) are limited to -1 .. 1, but for rectified flow.
+) -> Tensor:
+    """Sample. Predictions of ``bounded`` latents (pixels) are limited to -1 .. 1, but for rectified flow.
 
     Args:
         process: with its full schedule, which is respaced to ``options.num_steps``.
@@ -73,7 +74,7 @@ def generate(
         tick: called after every sampling step.
 
     Returns:
-        (N, H, W, 3) uint8.
+        (N, C, h, h) float32, on the model's device.
     """
     device = next(model.parameters()).device
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -84,18 +85,62 @@ def generate(
         interval = [process.model_time(t / process.num_timesteps) for t in interval]
     guidance = (options.cfg_scale, options.guided_channels, interval)
     denoise = guided(model, labels.to(device), model.null_label, *guidance)
-    start, clip = noise(), autoencoder.bounded
+    start = noise()
     if flow:
         steps = euler_steps(denoise, process, start, options.num_steps)
     elif options.sampler == "ddim":
-        steps = ddim_steps(denoise, process.respaced(options.num_steps), start, noise, clip, eta=options.eta)
+        steps = ddim_steps(denoise, process.respaced(options.num_steps), start, noise, bounded, eta=options.eta)
     else:
-        steps = ddpm_steps(denoise, process.respaced(options.num_steps), start, noise, clip)
+        steps = ddpm_steps(denoise, process.respaced(options.num_steps), start, noise, bounded)
     latents = start
     for step in steps:
         latents = step.x
         tick()
-    return autoencoder.decode(latents).cpu().numpy()
+    return latents
+
+
+class DecoderBeside:
+    """Decodes latents on a thread of its own, on a GPU in a stream of its own, while the next ones are sampled.
+
+        with DecoderBeside(autoencoder) as decode:
+            for ...:
+                decode(latents, keep)  # calls keep(images), (N, H, W, 3) uint8; all have been kept at the end
+
+    One batch at a time: a call waits for the one before, and raises what went wrong there.
+    """
+
+    def __init__(self, autoencoder: Autoencoder):
+        self.autoencoder = autoencoder
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self.pending: Future | None = None
+
+    def __enter__(self) -> DecoderBeside:
+        return self
+
+    def __exit__(self, problem: type[BaseException] | None, *_) -> None:
+        self.worker.shutdown(cancel_futures=problem is not None)
+        if problem is None:
+            self._finish()
+
+    def __call__(self, latents: Tensor, keep: Callable[[np.ndarray], None]) -> None:
+        self._finish()
+        sampled = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
+        self.pending = self.worker.submit(self._decode, latents, sampled, keep)
+
+    def _finish(self) -> None:
+        if self.pending:
+            self.pending.result()
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, sampled: torch.cuda.Event | None, keep: Callable[[np.ndarray], None]) -> None:
+        if sampled is None:
+            keep(self.autoencoder.decode(latents).numpy())
+            return
+        stream = torch.cuda.Stream(latents.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(sampled)
+            latents.record_stream(stream)
+            keep(self.autoencoder.decode(latents).cpu().numpy())
 
 
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
@@ -136,14 +181,8 @@ def sample_grid(
     """
     averaged = build_averaged_model(model, weights, device, config.sample.dtype)
     labels = np.repeat(np.arange(min(averaged.num_classes, max(1, config.monitor.sample_classes))), 4)
-    images = generate(
-        averaged,
-        process,
-        load_autoencoder(config.data.vae, device),
-        torch.from_numpy(labels),
-        list(range(len(labels))),
-        config.sample,
-        config.train.seed,
-        tick,
-    )
-    return image_grid(images, columns=4)
+    autoencoder = load_autoencoder(config.data.vae, device)
+    indices, options, seed = list(range(len(labels))), config.sample, config.train.seed
+    y = torch.from_numpy(labels)
+    latents = sample_latents(averaged, process, y, indices, options, seed, autoencoder.bounded, tick)
+    return image_grid(autoencoder.decode(latents).cpu().numpy(), columns=4)

@@ -82,11 +82,15 @@ def _forward(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Te
         gates = gates[:1]  # elsewhere, to look would be to wait for the device
     gates, z = gates.to(weight.dtype), z.contiguous()
     mask, merged_bias = torch.empty_like(z), (gates @ bias).unsqueeze(1)
+    is_half = z.element_size() == 2
+    if not is_half:
+        merged_bias += 1
     tokens, out = _per_row(z, gates), _per_row(mask, gates)
     for rows, merged in _merged(weight, gates):
         torch.baddbmm(merged_bias[rows], tokens[rows], merged, out=out[rows])
-    routed = torch.addcmul(z, z, mask)  # before the one is added: in half precision, it would drown a small mixture
-    return routed, mask.add_(1)
+    if is_half:  # the one comes after the product: added before, it would drown a small mixture
+        return torch.addcmul(z, z, mask), mask.add_(1)
+    return z * mask, mask
 
 
 @_forward.register_fake
