@@ -17,6 +17,7 @@ from switchdit.errors import UserError, nearest
 
 PROCESSES = ("gaussian", "rectified_flow")
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "rectified_flow": ("euler",)}
+BACKENDS = ("auto", "torch", "deepspeed", "apex")
 DISPATCHES = ("auto", "samples", "weights")
 AUXILIARIES = ("none", "load_balancing", "diffusion_prior")
 WEIGHTINGS = ("constant", "min_snr", "p2", "uncertainty")
@@ -115,6 +116,7 @@ class TrainConfig:
     max_grad_norm: float = 0.0  # 0: no clipping
     ema_decay: float = 0.9999
     activation_checkpointing: int = 0  # recompute every n-th block in the backward pass; 0: none, 1: all
+    compile: bool = False  # each block, by torch.compile
 
     def __post_init__(self):
         for name in ("steps", "global_batch", "gradient_accumulation_steps"):
@@ -142,6 +144,19 @@ class TrainConfig:
         rise = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
         fall = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
         return self.lr * min(1.0, rise, fall)
+
+
+@dataclass
+class OptimizerConfig:
+    """backend: whose Adam or AdamW: torch's fused one, DeepSpeed's, NVIDIA apex's.
+
+    auto: torch's, but DeepSpeed's for state that a GPU run offloads, and whichever the DeepSpeed config names.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self):
+        _one_of("optimizer.backend", self.backend, BACKENDS)
 
 
 @dataclass
@@ -202,6 +217,7 @@ class SampleConfig:
     """guided_channels: latent channels under guidance, null for all (Switch-DiT, DTR), 3 for DiT's published numbers.
 
     guidance_interval: first and last timestep with guidance, null for all. dtype: of the model's arithmetic.
+    compile: the model, by torch.compile; on a GPU with CUDA graphs.
     """
 
     cfg_scale: float = 1.5
@@ -211,6 +227,7 @@ class SampleConfig:
     sampler: str = "ddpm"
     eta: float = 0.0
     dtype: str = "float32"
+    compile: bool = False
 
     def __post_init__(self):
         _require(self.cfg_scale >= 0, "sample.cfg_scale", self.cfg_scale, "at least 0")
@@ -236,6 +253,7 @@ class Config:
     train: TrainConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)

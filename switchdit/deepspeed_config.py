@@ -9,6 +9,8 @@ from typing import Any
 from switchdit.config import Config
 from switchdit.errors import UserError
 
+ADAMS = ("adam", "adamw")  # DeepSpeed's types of which there are several implementations
+
 
 def micro_batch_of(config: Config, world_size: int) -> int:
     """Samples per process and forward pass; checks that ``train.global_batch`` divides.
@@ -52,7 +54,7 @@ def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, 
     if not isinstance(values, dict):
         raise UserError(f"DeepSpeed config '{path}' must be a JSON object")
 
-    train = config.train
+    train, backend = config.train, config.optimizer.backend
     known = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch_of(config, world_size),
@@ -63,8 +65,12 @@ def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, 
         "optimizer.params.eps": train.eps,
         "optimizer.params.weight_decay": train.weight_decay,
     }
-    # torch's own AdamW needs no compiler; DeepSpeed's fused one is the better on a GPU
-    free = {"optimizer.params.torch_adam": not on_gpu}
+    # torch's fused AdamW needs no compiler and does not make the host wait; on a host DeepSpeed's is the faster
+    torch_adam = backend == "torch" or (backend == "auto" and not (on_gpu and _offloads(values)))
+    # what it overlaps with is other processes, and it waits for the device at every bucket
+    free = {"optimizer.params.torch_adam": torch_adam, "zero_optimization.overlap_comm": world_size > 1}
+    if backend != "auto":
+        known["optimizer.params.torch_adam"] = torch_adam
     _fill(values, "", {**known, **free}, known, path)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         values.setdefault(key, known[key])
@@ -72,9 +78,22 @@ def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, 
     _reject(values, path, config, world_size)
     params = values["optimizer"].setdefault("params", {})
     for key in ("lr", "betas", "eps", "weight_decay"):  # DeepSpeed's own defaults are not the run's
-        if (key != "betas" and key != "eps") or "adam" in values["optimizer"].get("type", "").lower():
+        if (key != "betas" and key != "eps") or "adam" in _type_of_optimizer(values):
             params.setdefault(key, known[f"optimizer.params.{key}"])
+    if _type_of_optimizer(values) in ADAMS:
+        params.setdefault("torch_adam", torch_adam)
     return values
+
+
+def _type_of_optimizer(values: dict[str, Any]) -> str:
+    return str(values.get("optimizer", {}).get("type", "")).lower()
+
+
+def _offloads(values: dict[str, Any]) -> bool:
+    """Whether optimizer state is to be in host memory; of a config that may still turn out to be malformed."""
+    zero = values.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(offload, dict) and offload.get("device") == "cpu"
 
 
 def _fill(section: dict, prefix: str, fillers: dict[str, Any], known: dict[str, Any], path: Path) -> None:
@@ -105,9 +124,15 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int)
     stage = zero.get("stage", 0)
     bf16 = values.get("bf16", {}).get("enabled", False)
     fp16 = values.get("fp16", {}).get("enabled", False)
-    ep_size = config.model.get("ep_size", 1)
+    ep_size, backend = config.model.get("ep_size", 1), config.optimizer.backend
+    kind = values.get("optimizer", {}).get("type")
     problems = [
         ("optimizer" not in values, "needs an 'optimizer' section, e.g. of type AdamW"),
+        (
+            backend != "auto" and _type_of_optimizer(values) not in ADAMS,
+            f"optimizer.type is {kind!r}; with optimizer.backend '{backend}' it must be Adam or AdamW",
+        ),
+        (backend == "apex" and device == "cpu", "offload_optimizer needs optimizer.backend auto, torch or deepspeed"),
         ("scheduler" in values, "must have no 'scheduler': train.{lr,warmup_steps,decay_steps} set the learning rate"),
         (stage not in (0, 1, 2), f"zero_optimization.stage is {stage}; with DeepSpeed's MoE it must be 0, 1 or 2"),
         (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,9 +72,11 @@ def sample(args: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from switchdit.engine.compilation import check_compiler, compile_model
     from switchdit.engine.engine import barrier, init_processes, leave
-    from switchdit.engine.generate import balanced_labels, check_sampling, class_rows, generate
+    from switchdit.engine.generate import DecoderBeside, balanced_labels, check_sampling, class_rows, sample_latents
     from switchdit.engine.objective import build_process
+    from switchdit.models import system_of
     from switchdit.progress import progress
 
     # Validate and load.
@@ -81,6 +84,9 @@ def sample(args: argparse.Namespace) -> None:
     load = load_run if args.checkpoint else load_published
     config, model, autoencoder = load(args, processes.device)
     check_sampling(config.sample, model.in_channels, model.num_timesteps, model.null_label is not None)
+    if config.sample.compile:
+        check_compiler("sample.compile", system_of(config.model_name), processes.device)
+        compile_model(model)
     process = build_process(config.diffusion, model.num_timesteps)
     labels = balanced_labels(args.num_samples, model.num_classes)
 
@@ -110,11 +116,13 @@ def sample(args: argparse.Namespace) -> None:
         images = np.lib.format.open_memmap(unfinished, mode="r+")
         mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
         chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        with progress(desc="sample", total=len(chunks) * config.sample.num_steps, unit="step") as bar:
+        steps = len(chunks) * config.sample.num_steps
+        with progress(desc="sample", total=steps, unit="step") as bar, DecoderBeside(autoencoder) as decode:
             for chunk in chunks:
                 y = torch.from_numpy(labels[chunk])
-                options = (config.sample, args.seed, bar.update)
-                images[chunk] = generate(model, process, autoencoder, y, chunk.tolist(), *options)
+                options = (config.sample, args.seed, autoencoder.bounded, bar.update)
+                latents = sample_latents(model, process, y, chunk.tolist(), *options)
+                decode(latents, partial(images.__setitem__, chunk))
         images.flush()
         barrier()
         if processes.is_first:

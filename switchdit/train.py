@@ -53,6 +53,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.deepspeed_config import micro_batch_of, resolve_deepspeed_config
     from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
     from switchdit.engine.checkpoint_folder import remove_partial_checkpoints
+    from switchdit.engine.compilation import check_compiler, compile_blocks
     from switchdit.engine.ema import Ema
     from switchdit.engine.engine import (
         add_over_processes,
@@ -67,10 +68,11 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         on_gpu,
         set_optimizer,
     )
-    from switchdit.engine.faults import Notices, SpikeDetector, compare_parameters, poisoned, step_if_finite
+    from switchdit.engine.faults import Notices, SpikeDetector, Updates, compare_parameters, poisoned
     from switchdit.engine.generate import check_sampling, sample_grid
     from switchdit.engine.monitors import Monitor
     from switchdit.engine.objective import Objective, check_objective, time_distribution
+    from switchdit.engine.optimizers import apex_fused_adam, described
     from switchdit.engine.ownership import Ownership
     from switchdit.engine.run_directory import candidates, choose_start, put_aside, versions, write_run_files
     from switchdit.engine.watchdog import Watchdog
@@ -90,6 +92,10 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         if (every := config.train.activation_checkpointing) > fields["depth"]:
             raise UserError(f"train.activation_checkpointing is {every}; the model has {fields['depth']} blocks")
         deepspeed_config = resolve_deepspeed_config(deepspeed_config_path, config, processes.world_size, on_gpu())
+        if config.optimizer.backend == "apex":
+            apex_fused_adam()
+        if config.train.compile:
+            check_compiler("train.compile", system_of(config.model_name), processes.device)
         dataset = LatentDataset(config.data.latents)
         check_latents(dataset, config.data, fields)
         if config.monitor.sample_every:
@@ -114,11 +120,13 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     torch.manual_seed(config.train.seed)
     model = build_model(config.model_name, **config.model_overrides)
     model.activation_checkpointing = config.train.activation_checkpointing
+    if config.train.compile:
+        compile_blocks(model)
     micro_batch = micro_batch_of(config, processes.world_size)
     in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
     dispatch = set_dispatch(model, config.moe.dispatch, samples=micro_batch, itemsize=2 if in_bf16 else 4)
     objective = Objective(config, model, processes.device)
-    engine = build_engine(model, deepspeed_config)
+    engine = build_engine(model, deepspeed_config, config.optimizer.backend)
     ema = Ema(engine, config.train.ema_decay)
     about = {
         "model": {"name": config.model_name, **{k: v for k, v in fields.items() if k != "ep_size"}},
@@ -183,10 +191,35 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             f"{processes.world_size}; steps {first_step} to {config.train.steps}",
             flush=True,
         )
+        print(described(engine), flush=True)
         if dispatch:
             print(dispatch, flush=True)
+    updates = Updates(engine)
+
+    def settle() -> None:
+        """All that waits for whether the last step was skipped; before the next, and before anything is written."""
+        nonlocal skipped_in_a_row
+        if (heard := updates.hear()) is None:
+            return
+        number, changed = heard
+        if changed:
+            objective.finish_step(add_over_processes)
+            ema.update()
+            skipped_in_a_row = 0
+            return
+        objective.skip_step()
+        skipped_in_a_row += 1
+        monitor.fault(number, "skipped", batches.images_of_step(number - 1).tolist(), told_at=number)
+        say(f"step {number}: skipped, for a loss or gradient that is not finite")
+        if skipped_in_a_row >= config.faults.max_skipped_steps:
+            raise UserError(
+                f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last was "
+                f"{number}; the images they saw are in {monitor.faults_path}. A lower train.lr, or "
+                "train.max_grad_norm, may help; checkpoints hold sound weights"
+            )
 
     def save(done: int) -> None:
+        settle()
         extra = {
             "version": version,
             "images_seen": done * config.train.global_batch,
@@ -221,29 +254,19 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             watchdog.reached("backward", done)
             engine.backward(poisoned(losses.total))
             watchdog.reached("update", done)
-            if micro_step + 1 == batches.accumulation and any(due(every, done, last) for every in compared):
-                compare_parameters(model, done)
-            changed = step_if_finite(engine)
+            if micro_step + 1 == batches.accumulation:
+                settle()
+                if any(due(every, done, last) for every in compared):
+                    compare_parameters(model, done)
+            updates.step(done)
             monitor.add(done, losses.terms, losses.mse, losses.timestep)
-        if changed:
-            objective.finish_step(add_over_processes)
-            ema.update()
-            skipped_in_a_row = 0
-        else:
-            objective.skip_step()
-            skipped_in_a_row += 1
-            monitor.fault(done, "skipped", batches.images_of_step(step).tolist(), told_at=done)
-            say(f"step {done}: skipped, for a loss or gradient that is not finite")
-            if skipped_in_a_row >= config.faults.max_skipped_steps:
-                raise UserError(
-                    f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last was "
-                    f"{done}; the images they saw are in {monitor.faults_path}. A lower train.lr, or "
-                    "train.max_grad_norm, may help; checkpoints hold sound weights"
-                )
+        if config.loss.weighting == "uncertainty":  # what this step learns weighs the next one's losses
+            settle()
 
         # Report and save.
         watchdog.reached("report", done)
         if done % log_every == 0 or last:
+            settle()
             if processes.is_first:
                 owner.check()
             for at, loss in monitor.log(done, config.train.steps, lr, grad_norm(engine)).items():
@@ -269,6 +292,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             checkpoints.finish()  # tells what happened
         if due(config.monitor.sample_every, done, last):
             watchdog.reached("sample", done)
+            settle()
             averaged = ema.state_dict()
             if processes.is_first:
                 tick = partial(watchdog.reached, "sample", done)

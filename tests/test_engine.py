@@ -54,3 +54,18 @@ def test_what_deepspeed_cannot_use_is_told_in_a_line(monkeypatch):
     monkeypatch.setattr(engine.deepspeed, "initialize", refuse)
     with pytest.raises(UserError, match=r"^DeepSpeed cannot use its configuration: AssertionError: optimizer is not k"):
         build_engine(torch.nn.Linear(1, 1), {"optimizer": {"type": "NoSuch"}})
+
+
+def test_a_missing_compiler_is_told_in_a_line(monkeypatch):
+    def fail(problem: str):
+        def initialize(**_):
+            raise RuntimeError(problem)
+
+        monkeypatch.setattr(engine.deepspeed, "initialize", initialize)
+        return build_engine(torch.nn.Linear(1, 1), {"optimizer": {"type": "AdamW"}})
+
+    says = r"^DeepSpeed cannot compile its optimizer: sh: c\+\+: not found; optimizer.backend torch needs no compiler$"
+    with pytest.raises(UserError, match=says):
+        fail("Error building extension 'fused_adam': c++ -x\nFAILED: fused_adam.o\nsh: c++: not found\nninja: stopped")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail("CUDA out of memory")

@@ -110,8 +110,12 @@ def test_two_ranks_cannot_tell_who_is_wrong(compared):
 
 @pytest.fixture(scope="module")
 def poisoned_latents(tmp_path_factory) -> Path:
+    return write_poisoned_latents(tmp_path_factory.mktemp("poisoned") / "latents")
+
+
+def write_poisoned_latents(folder: Path) -> Path:
     """One image whose latents are infinite, as a bad cast leaves them."""
-    folder = write_latents(tmp_path_factory.mktemp("poisoned") / "latents")
+    write_latents(folder)
     shard = read_manifest(folder)["shards"][BAD_IMAGE // 20]
     moments = np.load(folder / shard["file"], mmap_mode="r+")
     moments[BAD_IMAGE % 20, :, 0] = np.inf
@@ -129,14 +133,15 @@ def poisoned_runs(tmp_path_factory, poisoned_latents):
     zero1["zero_optimization"]["stage"] = 1
     (folder / "zero1_fp32.json").write_text(json.dumps(zero1))
 
-    def run(name: str, **sections) -> Run:
+    def run(name: str, every: int = 1, **sections) -> Run:
         deepspeed = folder / f"{name}.json" if name == "zero1_fp32" else f"ds_configs/{name.split('-')[0]}.json"
-        monitor = {"log_every": 1, "checkpoint_every": 1, "routing_every": 0}
+        monitor = {"log_every": every, "checkpoint_every": every, "routing_every": 0}
         config = write_config(folder / f"{name}.yaml", poisoned_latents, folder / name, monitor=monitor, **sections)
         return Run(2, config, deepspeed, (f"train.global_batch={GLOBAL_BATCH}", f"train.steps={STEPS}"))
 
     runs = {name: run(name) for name in PRECISIONS}
     runs["zero2_fp32-accumulated"] = run("zero2_fp32-accumulated", train={"gradient_accumulation_steps": 2})
+    runs["zero2_fp32-late"] = run("zero2_fp32-late", every=STEPS)
     runs["zero2_fp32-limited"] = run("zero2_fp32-limited", faults={"max_skipped_steps": 1})
     return folder, run_all(folder, runs)
 
@@ -168,6 +173,18 @@ def test_a_batch_that_is_not_finite_changes_nothing(poisoned_runs, name):
         before, after = (weights(checkpoints / f"step_{s:07d}") for s in (step - 1, step))
         same = all(torch.equal(before[weight], after[weight]) for weight in before)
         assert same == (step in bad), f"step {step}"
+
+
+@pytest.mark.world_size(2)
+def test_hearing_of_a_skipped_step_late_comes_to_the_same(poisoned_runs):
+    """A run that writes nothing before its end, so that the host hears of each step while it queues the next."""
+    folder, ended = poisoned_runs
+    assert ended["zero2_fp32-late"].codes == [0, 0]
+    at_once, late = (folder / name for name in ("zero2_fp32", "zero2_fp32-late"))
+    a, b = (weights(run / f"checkpoints/step_{STEPS:07d}") for run in (at_once, late))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (at_once / "faults.jsonl").read_text() == (late / "faults.jsonl").read_text() != ""
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -116,16 +116,16 @@ def test_a_compiled_model_samples_alike_at_all_timesteps_by_one_graph(compiler):
 
 
 def test_systems_that_are_not_compiled_are_told():
-    with pytest.raises(UserError, match="train.compile is true, but Diff-MoE is not compiled; it must be one of DiT,"):
+    with pytest.raises(UserError, match=r"train\.compile is true, but Diff-MoE is not compiled"):
         check_compiler("train.compile", "Diff-MoE", CPU)
 
 
-def test_a_machine_without_a_compiler_is_told(monkeypatch):
+def test_a_machine_without_a_compiler_is_told(monkeypatch, tmp_path):
     torch._dynamo.reset()
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with (
         torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "fx_graph_cache": False}),
-        pytest.raises(UserError, match="sample.compile is true, but torch.compile does not work here: "),
+        pytest.raises(UserError, match=r"sample\.compile is true, but torch\.compile does not work here"),
     ):
         check_compiler("sample.compile", "DiT", CPU)

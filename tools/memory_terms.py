@@ -223,7 +223,7 @@ def activation_memory(name: str, itemsize: int, micro_batch: int, checkpointing:
 
     ==========  =================  ================================================================================
     DiT         12 + 2 r           and 8 D of the modulation
-    Switch-DiT  14 + 2 r           and D^2, the merged experts; and M (D^2 + D) for all samples, the stacked ones
+    Switch-DiT  14 + 2 r           and M (D^2 + D) for all samples, the stacked experts (merged ones are not kept)
     Diff-MoE    19 + 4 s           s shared experts; and k (6 r + 10) of the chosen ones
     ==========  =================  ================================================================================
 
@@ -242,7 +242,6 @@ def activation_memory(name: str, itemsize: int, micro_batch: int, checkpointing:
     in_float32 = 4 * (f["num_heads"] + 4) * tokens
     if system_of(name) == "Switch-DiT":
         units += 2 * width
-        per_sample += width**2
         per_block = f["num_experts"] * (width**2 + width)
     elif system_of(name) == "Diff-MoE":
         units = (19 + 4 * f["num_shared_experts"]) * width + f["top_k"] * (6 * inner + 10 * width)

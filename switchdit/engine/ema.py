@@ -32,7 +32,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Call after every optimizer step."""
+        """Call after every optimizer step that changed weights, before the next one.
+
+        A pass over all of them, one kernel; no host synchronisation.
+        """
         torch._foreach_lerp_(self.shadow, self.masters, 1 - self.decay)
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import deepspeed
@@ -21,12 +20,21 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
+from deepspeed.ops.op_builder.builder import MissingCUDAException
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from switchdit.engine.checkpoint_writer import SnapshotEngine
-from switchdit.engine.clipping import clip_gradients
+from switchdit.engine.clipping import clip_alike
+from switchdit.engine.optimizers import (
+    apex_adam,
+    base_optimizer,
+    choose_fused,
+    keep_implementation,
+    skip_on_device,
+    skips_on_device,
+)
 from switchdit.errors import FaultError, UserError
 from switchdit.ranks import RANK_VARIABLES, rank_variables
 
@@ -143,27 +151,48 @@ def on_gpu() -> bool:
     return get_accelerator().device_name() != "cpu"
 
 
-def build_engine(model: nn.Module, deepspeed_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    model: nn.Module, deepspeed_config: dict[str, Any], backend: str = "auto"
+) -> deepspeed.DeepSpeedEngine:
     """Wrap ``model``: device, precision, expert-parallel groups, optimizer, ZeRO partitions.
 
     Args:
         model: from `build_model`, built after `init_processes`.
-        deepspeed_config: from `resolve_deepspeed_config`.
+        deepspeed_config: from `resolve_deepspeed_config`; gets what it leaves open.
+        backend: ``optimizer.backend`` of the run.
 
     Raises:
-        UserError: if DeepSpeed refuses the configuration.
+        UserError: if DeepSpeed refuses the configuration, or the backend is not there.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    section = deepspeed_config.get("optimizer", {})
+    optimizer = apex_adam(section) if backend == "apex" else None
+    choose_fused(section)
+    # DeepSpeed's own throughput would wait for the device twice in every micro-batch
+    deepspeed_config.setdefault("timers", {"throughput": {"enabled": False}})
     if "bf16" in deepspeed_config:  # in float32 ZeRO's optimizer looks by itself
         deepspeed_config["bf16"].setdefault("check_grad_overflow", True)
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=deepspeed_config)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trainable, optimizer=optimizer, config=deepspeed_config
+        )
     except (DeepSpeedConfigError, pydantic.ValidationError) as problem:
         raise UserError(f"DeepSpeed refuses its configuration: {' '.join(str(problem).split())}") from None
     except (AssertionError, TypeError, ValueError, ZeroDivisionError) as problem:  # of settings that it never checks
         told = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise UserError(f"DeepSpeed cannot use its configuration: {told}") from problem
-    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # called without ZeRO alone
+    except (RuntimeError, MissingCUDAException) as problem:  # of what it compiles on first use
+        lines = str(problem).splitlines() or [type(problem).__name__]
+        if isinstance(problem, RuntimeError) and not lines[0].startswith("Error building extension"):
+            raise
+        reason = next((line for line in lines if "not found" in line or "error:" in line), lines[0])
+        raise UserError(
+            f"DeepSpeed cannot compile its optimizer: {reason}; optimizer.backend torch needs no compiler"
+        ) from None
+    clip_alike(engine)
+    keep_implementation(base_optimizer(engine))
+    if skips_on_device(engine):
+        skip_on_device(engine)
     engine.checkpoint_engine = SnapshotEngine()
     engine._copy_recovery_script = lambda *_: None  # its zero_to_fp32.py cannot read expert checkpoints
     return engine
@@ -176,9 +205,10 @@ def set_optimizer(engine: deepspeed.DeepSpeedEngine, **settings: Any) -> None:
 
 
 def grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """Norm of the last step's gradient before clipping; None where DeepSpeed computes none or it is not finite."""
+    """Norm of the last step's gradient before clipping; None if it is not computed or not finite. The host waits."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None or not math.isfinite(norm) else float(norm)
+    norm = math.inf if norm is None else float(norm)
+    return norm if math.isfinite(norm) else None
 
 
 def _free_port() -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from switchdit.engine.global_state import EXPERTS
+from switchdit.engine.optimizers import base_optimizer, skips_on_device
 from switchdit.errors import FaultError
 
 SPIKE_MEMORY = 100  # steps over which the recent mean of the loss forgets, and which it needs before it judges
@@ -24,23 +26,24 @@ class Notices:
 
     def __init__(self):
         self.group = torch.distributed.new_group(backend="gloo")
-        self._on_its_way: tuple[Any, Tensor] | None = None
+        self._on_its_way: tuple[Any, np.ndarray] | None = None
 
     def exchange(self, *flags: bool) -> list[bool]:
         """Tell ``flags``, and hear for each whether any process had set it at the call before; collective."""
         heard = self.hear()
-        tensor = torch.tensor(flags, dtype=torch.int32)
+        told = np.array(flags, dtype=np.int32)
+        tensor = torch.from_numpy(told)
         work = torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
-        self._on_its_way = (work, tensor)
+        self._on_its_way = (work, told)
         return heard or [False] * len(flags)
 
     def hear(self) -> list[bool]:
         """What was told by the last `exchange`, also at the end of a run; nothing before the first."""
         if self._on_its_way is None:
             return []
-        (work, tensor), self._on_its_way = self._on_its_way, None
+        (work, told), self._on_its_way = self._on_its_way, None
         work.wait()
-        return tensor.bool().tolist()
+        return told.astype(bool).tolist()
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -48,13 +51,68 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def step_if_finite(engine: DeepSpeedEngine) -> bool:
-    """``engine.step()``; with a gradient that is not finite, on whatever process, nothing changes anywhere.
+class Updates:
+    """The optimizer's steps; with a gradient that is not finite, on whatever process, nothing changes anywhere.
 
-    Returns:
-        Whether weights changed, at the last micro-batch of a step; True before it.
+    Where the optimizer skips such a step on the device (`skips_on_device`), the host hears of it later, without a wait:
+    what it asks for while the next step is queued was on its way since the last. For other optimizers it reads in every
+    step whether the gradient is finite, and waits for that.
     """
-    at_boundary = engine.is_gradient_accumulation_boundary()
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self.engine = engine
+        self._flag = _HostFlag(engine.device) if skips_on_device(engine) else None
+        self._unheard: tuple[int, bool | None] | None = None
+
+    def step(self, number: int) -> None:
+        """After each micro-batch of the ``number``-th step; its last one takes the optimizer's."""
+        at_boundary, skipped = self.engine.is_gradient_accumulation_boundary(), None
+        if self._flag:
+            self.engine.step()
+        else:
+            skipped = not _step_if_finite(self.engine, at_boundary)
+        if at_boundary:
+            assert self._unheard is None, "the average would miss a step"
+            self._unheard = (number, skipped)
+            if self._flag:
+                self._flag.send(base_optimizer(self.engine).found_inf)
+
+    def hear(self) -> tuple[int, bool] | None:
+        """The number of the last step, and whether it changed weights; None if that has been heard.
+
+        Waits for the device if it has not come so far.
+        """
+        if self._unheard is None:
+            return None
+        (number, skipped), self._unheard = self._unheard, None
+        if skipped is None:
+            skipped = self._flag.read()
+            self.engine.skipped_steps += skipped
+        return number, not skipped
+
+
+class _HostFlag:
+    """A number of the device that the host reads when it has come, while the device goes on."""
+
+    def __init__(self, device: torch.device):
+        on_cuda = device.type == "cuda"
+        self._memory = torch.zeros((), pin_memory=on_cuda)
+        self._seen = self._memory.numpy()
+        self._event = torch.cuda.Event() if on_cuda else None
+
+    def send(self, flag: Tensor) -> None:
+        self._memory.copy_(flag, non_blocking=True)
+        if self._event:
+            self._event.record()
+
+    def read(self) -> bool:
+        if self._event:
+            self._event.synchronize()
+        return bool(self._seen)
+
+
+def _step_if_finite(engine: DeepSpeedEngine, at_boundary: bool) -> bool:
+    """``engine.step()``, with a wait. Returns whether weights changed, at the last micro-batch of a step."""
     stage_0 = engine.zero_optimization_stage() == 0  # the ZeRO optimizer looks for itself
     if at_boundary and stage_0 and not _gradients_are_finite(engine.module):
         for parameter in engine.module.parameters():
@@ -63,6 +121,7 @@ def step_if_finite(engine: DeepSpeedEngine) -> bool:
         engine.optimizer.step = lambda *_: None  # the engine counts its step, and the optimizer takes none
         engine.step()
         del engine.optimizer.step
+        engine.skipped_steps += 1
         return False
     engine.step()
     if stage_0 or not at_boundary or not engine.optimizer.overflow:

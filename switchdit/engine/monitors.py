@@ -69,7 +69,7 @@ class Monitor:
         values = torch.stack([terms[name].detach().double() for name in TERMS] + [self.terms.new_ones(())])
         values = torch.where(values.isfinite().all(), values, 0.0)
         self.terms += values
-        self.by_step[(step - 1) % len(self.by_step)] += values[[0, -1]]
+        self.by_step[(step - 1) % len(self.by_step)] += values[:: len(TERMS)]  # first and last
         errors = mse.detach().double()
         bins, finite = t * NUM_BINS // self.num_timesteps, errors.isfinite()
         self.by_bin[0].index_add_(0, bins, torch.where(finite, errors, 0.0))

@@ -34,6 +34,7 @@ from torch import Tensor
 from switchdit.engine.checkpoint_writer import load_tensors
 from switchdit.engine.fragments import fragment
 from switchdit.engine.global_state import global_name, global_name_of
+from switchdit.engine.optimizers import base_optimizer
 from switchdit.errors import UserError
 from switchdit.files import inside
 
@@ -125,7 +126,7 @@ def _read_partition(saved: SavedRun, partition: dict[str, Any], first_expert: in
             name = global_name(local_name, first_expert)
             for kind, value in flat.items():
                 saved.pieces[name][kind].append(value.narrow(0, where.start, where.numel))
-            saved.scalars[name] = _scalars([moments])
+            saved.scalars[name] = _scalars([moments, _counted(optimizer["param_groups"][i])])
 
 
 def _read_whole(
@@ -152,10 +153,10 @@ def _read_whole(
         # with experts the model's file repeats the state of the first process
         optimizer = _load(path, file)["optimizer"] if num_local > 1 or ep_size > 1 else model["optimizer"]
         position = 0
-        for group in names:
+        for group, settings in zip(names, optimizer["param_groups"], strict=True):
             states = [optimizer["state"].get(position + i, {}) for i in range(len(group))]
             position += len(group)
-            scalars = _scalars(states)
+            scalars = _scalars([*states, _counted(settings)])
             for local_name, moments in zip(group, states, strict=True):
                 name = global_name(local_name, ep_rank * num_local)
                 if name in saved.pieces:  # dense parameters stand in every file
@@ -186,6 +187,11 @@ def _scalars(states: Iterable[dict[str, Any]]) -> dict[str, float]:
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
                 found[key] = max(found.get(key, -float("inf")), float(value))
     return found
+
+
+def _counted(settings: dict[str, Any]) -> dict[str, Any]:
+    """The steps that apex's FusedAdam counts, in the settings of a group instead of the state of its weights."""
+    return {key: value for key, value in settings.items() if key == "step"}
 
 
 def optimizer_names(engine: DeepSpeedEngine) -> list[list[str]] | None:
@@ -224,7 +230,7 @@ def optimizer_identity(engine: DeepSpeedEngine) -> dict[str, str]:
 
     State goes from one class to another of the same family through `load_resharded`.
     """
-    optimizer = _base_optimizer(engine)
+    optimizer = base_optimizer(engine)
     settings = optimizer.param_groups[0]
     family = type(optimizer).__name__
     if family in ADAMS:  # with weight decay on the weights, or as a part of the gradient that its moments average
@@ -252,10 +258,6 @@ def check_optimizer(path: Path, state: dict[str, Any], engine: DeepSpeedEngine) 
         )
 
 
-def _base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    return engine.optimizer.optimizer if engine.zero_optimization_stage() > 0 else engine.optimizer
-
-
 @torch.no_grad()
 def load_resharded(path: Path, state: dict[str, Any], engine: DeepSpeedEngine) -> None:
     """Put weights, optimizer state and counters of the checkpoint ``path`` into ``engine``, whatever its topology.
@@ -270,7 +272,7 @@ def load_resharded(path: Path, state: dict[str, Any], engine: DeepSpeedEngine) -
             f"checkpoint '{path}' is of another topology or optimizer, and its optimizer state "
             f"{', '.join(sorted(saved.indivisible))} cannot be divided anew: resume it where it was saved"
         )
-    model, optimizer = engine.module, _base_optimizer(engine)
+    model, optimizer = engine.module, base_optimizer(engine)
     named = global_name_of(model)
     trained = {named(local_name): p for local_name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
@@ -310,8 +312,14 @@ def _load_fragment(zero_optimizer: Any, parameter: Tensor, saved: SavedRun, name
 
 
 def _set_scalars(optimizer: torch.optim.Optimizer, parameter: Tensor, scalars: dict[str, float]) -> None:
-    """PyTorch's optimizers keep them as tensors, beside the moments where a kernel reads them; DeepSpeed's as int."""
+    """PyTorch's optimizers keep them as tensors, beside the moments where a kernel reads them; DeepSpeed's as int;
+    apex's with the settings.
+    """
     settings = optimizer.param_groups[0]
+    if type(optimizer).__module__.startswith("apex."):
+        for group in optimizer.param_groups:
+            group.update({key: int(value) for key, value in scalars.items()})
+        return
     device = parameter.device if settings.get("fused") or settings.get("capturable") else None
     of_torch = type(optimizer).__module__.startswith("torch.")
     optimizer.state[parameter].update(
