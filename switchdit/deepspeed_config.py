@@ -113,7 +113,7 @@ def _fill(section: dict, prefix: str, fillers: dict[str, Any], known: dict[str, 
 
 
 def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int) -> None:
-    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint"):
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint", "torch_autocast"):
         if not isinstance(values.get(key, {}), dict):
             raise UserError(f"DeepSpeed config '{path}': '{key}' must be an object, not {values[key]!r}")
     zero = values.get("zero_optimization", {})
@@ -133,6 +133,14 @@ def _reject(values: dict[str, Any], path: Path, config: Config, world_size: int)
             f"optimizer.type is {kind!r}; with optimizer.backend '{backend}' it must be Adam or AdamW",
         ),
         (backend == "apex" and device == "cpu", "offload_optimizer needs optimizer.backend auto, torch or deepspeed"),
+        (
+            not isinstance(values.get("optimizer", {}).get("params", {}), dict),
+            f"optimizer.params must be an object, not {values.get('optimizer', {}).get('params')!r}",
+        ),
+        (
+            bool((values.get("torch_autocast") or {}).get("enabled")),
+            "torch_autocast is not supported: use bf16, whose master weights are float32",
+        ),
         ("scheduler" in values, "must have no 'scheduler': train.{lr,warmup_steps,decay_steps} set the learning rate"),
         (stage not in (0, 1, 2), f"zero_optimization.stage is {stage}; with DeepSpeed's MoE it must be 0, 1 or 2"),
         (stage == 2 and not zero.get("contiguous_gradients", True), "ZeRO-2 with MoE needs contiguous_gradients"),

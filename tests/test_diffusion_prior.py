@@ -109,6 +109,17 @@ def test_matching_on_a_worker_is_that_of_the_caller_and_runs_beside_it():
             assert torch.equal(finish(), finish())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_matching_on_a_gpu_is_that_of_the_cpu():
+    prior = prior_mask(12, 3, 2)
+    gates = prior[:, torch.randperm(36, generator=torch.Generator().manual_seed(0))]
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        pending = [begin_matching(worker, gates.cuda(), prior.cuda(), 3, step) for step in range(20)]
+        for step, finish in enumerate(pending):
+            assert torch.equal(finish(), match_columns(gates, prior, 3, step))
+
+
 def test_a_mistake_on_the_worker_is_told_to_who_asks():
     with ThreadPoolExecutor(max_workers=1) as worker:
         finish = begin_matching(worker, torch.full((10, 6), torch.nan), prior_mask(2, 3, 2, 10))

@@ -39,6 +39,22 @@ def test_decoding_runs_beside_and_all_is_kept_at_the_end():
     assert images.tolist() == [[2, 2], [4, 4], [6, 6]]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_decodes_what_was_sampled():
+    autoencoder, images, expected = Doubler(), {}, []
+    autoencoder.may_go_on.set()
+    with DecoderBeside(autoencoder) as decode:
+        for i in range(4):
+            latents = torch.randn(2048, 2048, device="cuda")
+            for _ in range(20):  # still at work when it is handed over
+                latents = latents @ latents / latents.norm()
+            decode(latents, lambda image, i=i: images.__setitem__(i, image))
+            expected.append(2 * latents)
+    for i, image in enumerate(expected):
+        assert np.array_equal(images[i], image.cpu().numpy())
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_what_goes_wrong_beside_is_raised(calls):
     def full_disk(_):

@@ -14,6 +14,7 @@ from switchdit.engine.reference_names import to_our_names
 from switchdit.errors import UserError
 from switchdit.models import MODEL_NAMES, model_fields, parameter_counts
 from switchdit.models.dit import sincos_positions, timestep_frequencies
+from switchdit.models.switch_dit import INTEGRATIONS
 from switchdit.moe.diffusion_prior import diffusion_prior_loss, match_columns, matching_cost, prior_mask
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -291,11 +292,15 @@ def test_shapes(patch_size, grid, channels, heads, head_width, learn_sigma, num_
     assert torch.equal(routing.task_expert_map.sum(1), torch.full((20,), 2.0 * top_k))
 
 
-@pytest.mark.parametrize("name", ["DiT", "DTR", "Switch-DiT", "Diff-MoE", "Multi-Expert-DiT"])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, {}) for name in ("DiT", "DTR", "Diff-MoE", "Multi-Expert-DiT")]
+    + [("Switch-DiT", {"integration": integration}) for integration in INTEGRATIONS],
+)
 @pytest.mark.parametrize("told", [421, 999])
-def test_a_timestep_that_all_share_may_be_told_once(name, told):
+def test_a_timestep_that_all_share_may_be_told_once(name, fields, told):
     torch.manual_seed(0)
-    model = build_model(f"{name}-S/2", input_size=8, depth=2, hidden_size=48, num_heads=3, num_classes=4)
+    model = build_model(f"{name}-S/2", input_size=8, depth=2, hidden_size=48, num_heads=3, num_classes=4, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -316,6 +321,29 @@ def test_experts_are_merged_once_for_a_timestep_that_all_share():
         flops.append(counter.get_total_flops())
     product, merging, gate = 8 * 16 * 48**2, 3 * (48**2 + 48), 48 * 3
     assert flops[0] - flops[1] == 2 * 2 * (product + merging + gate)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_autocast(integration):
+    """Weights in float32, products in bfloat16, gradients in float32 again."""
+    torch.manual_seed(0)
+    fields = {"input_size": 8, "depth": 2, "hidden_size": 48, "num_heads": 3, "num_classes": 4}
+    model = build_model("Switch-DiT-S/2", **fields, class_dropout_prob=0.0, integration=integration)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x, t, y = torch.randn(5, 4, 8, 8), torch.arange(5) * 200, torch.arange(5) % 4
+    results = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x, t, y)
+        out.float().square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        results.append([out.detach().float(), torch.cat([g.flatten() for g in gradients.values()])])
+    for exact, half in zip(*results, strict=True):
+        assert 0 < (half - exact).norm() < 0.05 * exact.norm()
 
 
 def test_bf16_routes_like_float32_of_the_same_weights():

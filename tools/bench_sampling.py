@@ -31,6 +31,7 @@ from torch import nn
 
 from switchdit.diffusion.gaussian import GaussianDiffusion, make_betas
 from switchdit.diffusion.samplers import PerImageNoise, SamplerStep, ddpm_steps, guided
+from switchdit.engine.compilation import check_compiler
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.models import model_fields
 from tools import timing
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if fields["class_dropout_prob"] == 0:
         raise UserError("model field 'class_dropout_prob' must be above 0 for guidance, which needs the null label")
     device = timing.measured_device()
+    if args.compile:
+        check_compiler("--compile", "Switch-DiT", device)
     about = timing.surroundings(args, device)
     about |= {name: getattr(args, name) for name in ("model", "fields", "compile", "num_steps", "cfg_scale")}
     steps = {}

@@ -4,10 +4,10 @@
                                [--activation_checkpointing 0] [--repeats 10] [--warm_up 3] [--threads 2]
                                [field=value ...]
 
-A step is all of it but the reading of latents: losses (the diffusion prior's matching too), backward pass, optimizer,
-average of the weights. The three systems have DeepSpeed engines of their own in one process, made as training makes
-its one, and take their steps in turn on the same random batches. ``field=value`` are fields of the model, e.g.
-num_experts=4 top_k=3.
+A step: losses (the diffusion prior's matching too), backward pass, optimizer, average of the weights; neither the
+reading of latents nor what the program watches and logs. The three systems have DeepSpeed engines of their own in one
+process, made as training makes its one, and take their steps in turn on the same random batches. ``field=value`` are
+fields of the model, e.g. num_experts=4 top_k=3.
 
 Prints median times, images per second, the median over the rounds of Switch-DiT's time divided by the others', and the
 share of the device's matrix rate (MFU); then the same as JSON. DS_ACCELERATOR=cpu measures the CPU of a machine with a
@@ -32,8 +32,10 @@ import torch
 from switchdit.config import Config
 from switchdit.data.training_batches import Batch
 from switchdit.deepspeed_config import resolve_deepspeed_config
+from switchdit.engine.compilation import check_compiler
 from switchdit.engine.ema import Ema
-from switchdit.engine.engine import add_over_processes, build_engine, init_processes, leave, on_gpu
+from switchdit.engine.engine import build_engine, init_processes, leave, on_gpu
+from switchdit.engine.faults import Updates, poisoned
 from switchdit.engine.objective import Objective
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.models import model_fields
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--activation_checkpointing is {every}; the model has {depth} blocks")
 
     device = init_processes().device
+    if args.compile:
+        check_compiler("--compile", "Switch-DiT", device)
     about = timing.surroundings(args, device)
     about |= {name: getattr(args, name) for name in ("model", "fields", "compile", "activation_checkpointing")}
     rate = timing.matmul_rate(device, timing.DTYPES[args.dtype])
@@ -127,7 +131,7 @@ def training_step(system: str, config: Config, device: torch.device, args: argpa
     model.activation_checkpointing = config.train.activation_checkpointing
     objective = Objective(config, model, device)
     engine = build_engine(model, resolve_deepspeed_config(DS_CONFIGS[args.dtype], config, 1, on_gpu()))
-    ema = Ema(engine, config.train.ema_decay)
+    ema, updates = Ema(engine, config.train.ema_decay), Updates(engine)
     engine.train()
     batches = itertools.cycle([random_batch(model, args.batch_size, seed) for seed in range(NUM_BATCHES)])
     steps = itertools.count()
@@ -135,10 +139,10 @@ def training_step(system: str, config: Config, device: torch.device, args: argpa
     def take() -> None:
         objective.start_step(next(steps))
         losses = objective(engine, next(batches).to(device))
-        engine.backward(losses.total)
-        engine.step()
-        objective.finish_step(add_over_processes)
-        ema.update()
+        if updates.hear():  # of the step before
+            ema.update()
+        engine.backward(poisoned(losses.total))
+        updates.step(engine.global_steps + 1)
 
     return take
 

@@ -121,6 +121,7 @@ def _step_if_finite(engine: DeepSpeedEngine, at_boundary: bool) -> bool:
         engine.optimizer.step = lambda *_: None  # the engine counts its step, and the optimizer takes none
         engine.step()
         del engine.optimizer.step
+        engine._global_grad_norm = math.inf  # not that of the zeros
         engine.skipped_steps += 1
         return False
     engine.step()

@@ -113,6 +113,7 @@ class DecoderBeside:
         self.autoencoder = autoencoder
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self.pending: Future | None = None
+        self.stream: torch.cuda.Stream | None = None  # one for all batches: the allocator keeps memory by stream
 
     def __enter__(self) -> DecoderBeside:
         return self
@@ -136,10 +137,10 @@ class DecoderBeside:
         if sampled is None:
             keep(self.autoencoder.decode(latents).numpy())
             return
-        stream = torch.cuda.Stream(latents.device)
-        with torch.cuda.stream(stream):
-            stream.wait_event(sampled)
-            latents.record_stream(stream)
+        self.stream = self.stream or torch.cuda.Stream(latents.device)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(sampled)
+            latents.record_stream(self.stream)
             keep(self.autoencoder.decode(latents).cpu().numpy())
 
 

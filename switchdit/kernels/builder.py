@@ -25,6 +25,8 @@ CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("expert_mix.cu", "binding.cpp")
 ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # whose CTAs may have 132.1 KiB of shared memory
+# ValueError: of architectures that DeepSpeed does not know
+BUILD_FAILURES = (RuntimeError, OSError, ImportError, ValueError, subprocess.SubprocessError)
 TYPES = (torch.bfloat16, torch.float16)
 MAX_EXPERTS, MAX_WIDTH, VECTOR = 64, 32768, 8  # as in csrc/tiles.cuh
 
@@ -72,7 +74,7 @@ def load_fused() -> ModuleType | None:
     if problem is None:
         try:
             return expert_mix_builder().load(verbose=False)
-        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as failure:
+        except BUILD_FAILURES as failure:
             problem = "its build failed: " + str(failure).strip().partition("\n")[0]
     warnings.warn(f"the fused expert_mix kernel is not used: {problem}", stacklevel=2)
     return None
@@ -128,7 +130,7 @@ def main() -> None:
         raise UserError(f"the fused expert_mix kernel cannot be built: {problem}")
     try:
         built = expert_mix_builder().jit_load(verbose=False)
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as failure:
+    except BUILD_FAILURES as failure:
         sys.stderr.write(f"{failure}\n")
         raise UserError("the fused expert_mix kernel was not built: see above") from None
     print(f"{built.__file__}: {', '.join(SOURCES)} for {os.environ.get('TORCH_CUDA_ARCH_LIST', ARCHITECTURES)}")

@@ -16,7 +16,8 @@ devices a fused kernel (builder.py) can stand in for that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ def expert_mix(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[
     if not (fits and z.shape[2] == width and gates.shape in ((n, num_experts), (1, num_experts))):
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, weight, bias, gates))
         raise ValueError(f"z, weight, bias and gates are {shapes}; they must be (N, L, D), (M, D, D), (M, D), (N, M)")
+    if torch.is_autocast_enabled(z.device.type):  # as of any product: all in its type
+        z, weight, bias = (x.to(torch.get_autocast_dtype(z.device.type)) for x in (z, weight, bias))
     if not z.dtype == weight.dtype == bias.dtype:
         raise ValueError(f"z is {z.dtype}, but the experts are {weight.dtype} and {bias.dtype}")
     return torch.ops.switchdit.expert_mix(z, weight, bias, gates)
@@ -74,7 +77,19 @@ def linear_mixture_reference(z: Tensor, weight: Tensor, bias: Tensor, gates: Ten
     return out
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast would go on inside of an operator, and change the type of some of its products."""
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*tensors)
+
+    return call
+
+
 @torch.library.custom_op("switchdit::expert_mix", mutates_args=())
+@_without_autocast
 def _forward(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     if fused := _fused(z, weight, gates):
         return fused.forward(z, weight, bias, gates, torch.cuda.current_stream(z.device).cuda_stream)
@@ -99,6 +114,7 @@ def _(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Tensor, T
 
 
 @torch.library.custom_op("switchdit::expert_mix_backward", mutates_args=())
+@_without_autocast
 def _backward(
     d_routed: Tensor, d_mask: Tensor | None, z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,7 +138,7 @@ def _backward(
 
     # parts of a sum are added in float32 where the type is half
     d_weight = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-    from_product = torch.empty_like(g)
+    d_gates = torch.empty_like(gates, dtype=d_weight.dtype)
     for rows, buffer in _buffers(weight, len(g)):
         product = torch.bmm(z_of[rows].transpose(1, 2), dm_of[rows], out=buffer).flatten(1)
         if product.dtype == d_weight.dtype:
@@ -130,11 +146,12 @@ def _backward(
         else:
             d_weight += g[rows].t() @ product
         # row by row of W: a single sum over D^2 products would lose an order of magnitude in accuracy
-        from_product[rows] = torch.bmm(buffer.transpose(0, 1), weight.permute(1, 2, 0)).sum(0)
-    sums = dm_of.sum(1)
-    d_gates = (from_product + sums @ bias.t()).to(gates.dtype)
-    d_weight = d_weight.to(weight.dtype).view(num_experts, width, width)
-    return dz, d_weight, g.t() @ sums, torch.where(gates == 0, 0, d_gates)
+        by_row = torch.bmm(buffer.transpose(0, 1), weight.permute(1, 2, 0))
+        d_gates[rows] = by_row.sum(0, dtype=d_gates.dtype)
+    sums = dm_of.sum(1, dtype=d_gates.dtype)
+    d_gates = torch.where(gates == 0, 0, d_gates + sums @ bias.t().to(sums.dtype)).to(gates.dtype).contiguous()
+    d_bias = (gates.t().to(sums.dtype) @ sums).to(bias.dtype)
+    return dz, d_weight.to(weight.dtype).view(num_experts, width, width), d_bias, d_gates
 
 
 @_backward.register_fake
@@ -184,7 +201,7 @@ def _fused(z: Tensor, weight: Tensor, gates: Tensor):
 
 def _per_row(x: Tensor, gates: Tensor) -> Tensor:
     """(N, L, D) as the tokens of each row of gates: one row for all samples has them all."""
-    return x if len(gates) == len(x) else x.view(1, -1, x.shape[-1])
+    return x if len(gates) == len(x) else x.reshape(1, -1, x.shape[-1])
 
 
 def _buffers(weight: Tensor, num_rows: int) -> Iterator[tuple[slice, Tensor]]:

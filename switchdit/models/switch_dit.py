@@ -119,7 +119,7 @@ class SwitchDiT(DiT):
         return_routing: bool = False,
         gate_noise: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """As `DiT.forward`; with ``return_routing`` also the `Routing` of the batch.
+        """As `DiT.forward`; with ``return_routing`` also the `Routing` of the batch, one row of it for a shared t.
 
         ``gate_noise``: (N, B*M) standard normal for noisy gates in training mode, instead of a random draw.
         """

@@ -29,7 +29,7 @@ COMMON = {"input_size": 8, "hidden_size": WIDTH, "num_heads": 2, "num_classes": 
 EXPERTS = {"num_experts": 4, "top_k": 2}
 FIELDS = {
     "Switch-DiT": {"depth": 3, **EXPERTS},
-    "Diff-MoE": {"depth": 2, "mlp_ratio": 1.0, **EXPERTS},
+    "Diff-MoE": {"depth": 2, "mlp_ratio": 1.0, "input_size": 4, **EXPERTS},
     "Multi-Expert-DiT": {"depth": 2, "mlp_ratio": 1.0, "num_denoisers": 4},
 }
 # by ZeRO stage and precision; for stage 1 in float32, which is not shipped, that of stage 0
@@ -43,6 +43,10 @@ SHIPPED = {
 GLOBAL_BATCH, STEPS, LR = 16, 2, 0.3
 # experts (or denoisers) that nobody chooses: the last leaves whole ranks without samples
 REFUSED = {"mixed": (), "idle": (2,), "same": (2, 3)}
+# Tokens choose experts by nearly equal probabilities now and then, and rounding decides; what follows is then another
+# function. With these seeds of the data the k-th and the next differ by more than bfloat16 rounds, for all tokens.
+DATA_SEEDS = {("Diff-MoE", "mixed"): 435, ("Diff-MoE", "idle"): 97}
+MARGIN = 0.0015  # of probabilities; rounding has been seen to decide at 0.0010
 EXPERT = re.compile(r"\b(?:deepspeed_experts|denoisers)\.(\d+)\.")  # in a parameter's name
 ZERO = 1e-6  # the largest entry of a tensor that is taken to be zero
 
@@ -80,13 +84,13 @@ def initial_weights(system: str, routing: str) -> dict[str, torch.Tensor]:
 
 def batches(system: str, routing: str) -> list[tuple[torch.Tensor, ...]]:
     """x, t, y and target of each step. Whole denoisers own their timesteps: there these decide who is idle."""
-    rng = torch.Generator().manual_seed(11)
+    rng, side = torch.Generator().manual_seed(DATA_SEEDS.get((system, routing), 11)), small_model(system).input_size
     of_steps = [
         (
-            torch.randn(GLOBAL_BATCH, 4, 8, 8, generator=rng),
+            torch.randn(GLOBAL_BATCH, 4, side, side, generator=rng),
             torch.randint(0, 1000, (GLOBAL_BATCH,), generator=rng),
             torch.randint(0, 3, (GLOBAL_BATCH,), generator=rng),
-            torch.randn(GLOBAL_BATCH, 8, 8, 8, generator=rng),
+            torch.randn(GLOBAL_BATCH, 8, side, side, generator=rng),
         )
         for _ in range(STEPS)
     ]
@@ -118,12 +122,22 @@ class Loss:
         return (out.float() - target).square().mean() + prior
 
 
+def assert_decided(block: torch.nn.Module, _, output: tuple[torch.Tensor, ...]) -> None:
+    """No token is between two experts."""
+    probs = output[1].sort(dim=1, descending=True).values
+    top_k = FIELDS["Diff-MoE"]["top_k"]
+    assert (probs[:, top_k - 1] - probs[:, top_k]).min() > MARGIN
+
+
 @functools.cache
 def plain(system: str, routing: str, clip: float) -> dict[str, torch.Tensor]:
     """What everything is compared with: one process, PyTorch alone, the whole batch at once, in float64."""
     model = small_model(system)
     model.load_state_dict(initial_weights(system, routing))
     model.double()
+    if system == "Diff-MoE":
+        for block in model.blocks:
+            block.register_forward_hook(assert_decided)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss_of = Loss(model)
     results = {}
