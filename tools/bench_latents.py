@@ -39,7 +39,7 @@ def anonymous_megabytes() -> float:
 def samples_per_second(read: Callable[[np.ndarray], object], batch_size: int, seconds: float) -> tuple[float, float]:
     """``read`` of consecutive positions: samples a second by the clock, and by the processor's time."""
     position, started, processor = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() < started + seconds:
+    while not position or time.perf_counter() < started + seconds:  # one batch at least, however busy the machine is
         read(np.arange(position, position + batch_size))
         position += batch_size
     return position / (time.perf_counter() - started), position / (time.process_time() - processor)
