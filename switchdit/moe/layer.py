@@ -13,7 +13,7 @@ With several expert-parallel ranks either samples travel to the experts or the e
 dispatch.py); the numbers are the same to rounding: mixtures of ranks are rounded, then added, where merged experts are
 rounded once.
 
-This file, token_layer.py and engine/ are the only places that import deepspeed.
+This file, token_layer.py, engine/ and the kernel's builder are the only places that import deepspeed.
 """
 
 from __future__ import annotations
