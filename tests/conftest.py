@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 import tempfile
+
+import pytest
 
 CACHE = tempfile.TemporaryDirectory(prefix="switchdit-tests-")  # removed when Python ends
 
@@ -13,3 +16,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["SWITCHDIT_CACHE"] = CACHE.name
+
+
+@pytest.fixture(autouse=True)
+def _each_test_leaves_one_process():
+    """A process group that a test leaves behind would tell the tests after it another world than a user's."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    assert not (distributed and distributed.is_initialized()), "the test left torch.distributed initialised"

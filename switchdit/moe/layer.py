@@ -150,12 +150,9 @@ class RoutedMoE(MoE):
     ):
         num_experts, hidden_size = gate.wg.weight.shape
         check_mixture(num_experts, gate.k, ep_size)
-        if ep_size > 1 and not dist.is_initialized():
-            raise UserError(f"ep_size ({ep_size}) needs {ep_size} processes or a multiple; this is a single one")
-        if ep_size > 1 and dist.get_world_size() % ep_size:
-            raise UserError(
-                f"the number of processes ({dist.get_world_size()}) must be divisible by ep_size ({ep_size})"
-            )
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if world_size % ep_size:
+            raise UserError(f"ep_size ({ep_size}) needs {ep_size} processes or a multiple of that, not {world_size}")
         with _silent_deepspeed():
             super().__init__(hidden_size, expert, num_experts, ep_size, gate.k, drop_tokens=False, use_rts=False)
         experts = self.deepspeed_moe.experts
