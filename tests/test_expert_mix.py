@@ -1,5 +1,7 @@
 """The merged mixture against one product per expert, judged by float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,15 +76,44 @@ def test_error_is_at_most_twice_that_of_separate_products(form, dtype):
 
 @pytest.mark.parametrize("same", [False, True])
 def test_a_few_matrices_at_a_time_are_as_good_as_all(monkeypatch, same):
-    """Buffers of one, of three (with a rest), and of all eight samples."""
-    args = inputs(8, 6, 16, 3, 2, torch.float32, same=same)
+    """Buffers of four (the least, and one more), of six, and of all 13 samples."""
+    args = inputs(13, 6, 16, 3, 2, torch.float32, same=same)
     results = []
-    for matrices in (1, 3, 8):
+    for matrices in (1, 6, 13):
         monkeypatch.setitem(kernels.BUFFER, "cpu", matrices * 16 * 16 * 4)
         out = expert_mix(*args)
         results.append([*out, *torch.autograd.grad(out, args, [torch.ones_like(o) for o in out])])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=2e-6, atol=2e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_buffers_hold_every_row_once(num_rows, fit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.BUFFER, "cpu", fit * 2 * 2 * 4)
+        parts = [(rows, len(buffer)) for rows, buffer in kernels._buffers(torch.zeros(1, 2, 2), num_rows)]
+    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(num_rows))
+    for rows, length in parts:
+        assert length == rows.stop - rows.start
+        assert min(num_rows, kernels.MIN_ROWS) <= length <= max(fit, 2 * kernels.MIN_ROWS - 1)
+
+
+def test_memory_kept_between_calls_is_no_tie_between_them():
+    """Inference mode, threads and other types and sizes do not see each other's buffers."""
+
+    def mixed(dtype, width):
+        args = inputs(3, 4, width, 3, 2, dtype)
+        return [*expert_mix(*args), *torch.autograd.grad(expert_mix(*args)[0].sum(), args)]
+
+    cases = [(torch.float32, 16), (torch.float64, 32), (torch.float32, 32), (torch.float32, 8)]
+    alone = [mixed(*case) for case in cases]
+    with torch.inference_mode():
+        expert_mix(*inputs(9, 4, 64, 3, 2, torch.float32))
+    with ThreadPoolExecutor(4) as pool:
+        beside = list(pool.map(lambda case: mixed(*case), cases * 20))
+    for i, results in enumerate(beside):
+        assert all(torch.equal(a, b) for a, b in zip(results, alone[i % len(cases)], strict=True))
 
 
 def test_rows_of_gates_that_are_equal_count_as_one():

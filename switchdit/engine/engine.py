@@ -94,6 +94,20 @@ def init_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
+def reduce_together(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have ZeRO reduce experts' gradients with all others where the same processes do both (``ep_size`` 1).
+
+    DeepSpeed has a group of its own for experts: each bucket would be sorted into two, by a copy, for two collectives.
+    """
+    if of_experts := getattr(engine.optimizer, "expert_dp_process_group", None):
+        of_all = engine.optimizer.dp_process_group
+        same = dist.get_all_ranks_from_group(of_all)
+        engine.optimizer.expert_dp_process_group = {
+            name: of_all if dist.get_all_ranks_from_group(group) == same else group
+            for name, group in of_experts.items()
+        }
+
+
 def agree(validate: Callable[[], T]) -> T:
     """Run ``validate`` on every process; if any of them finds a mistake, all raise it; collective.
 
@@ -189,6 +203,7 @@ def build_engine(
         raise UserError(
             f"DeepSpeed cannot compile its optimizer: {reason}; optimizer.backend torch needs no compiler"
         ) from None
+    reduce_together(engine)
     clip_alike(engine)
     keep_implementation(base_optimizer(engine))
     if skips_on_device(engine):

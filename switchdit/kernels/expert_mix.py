@@ -17,6 +17,8 @@ devices a fused kernel (builder.py) can stand in for that.
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,6 +27,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 # bytes of merged matrices at a time: what stays in a CPU's last cache; what fills a GPU
 BUFFER = {"cpu": 16 << 20, "cuda": 256 << 20}
+# samples at a time all the same, where there are as many: with fewer, the product of narrow matrices that merging is
+# takes a CPU more than twice as long for each, and threads are without work
+MIN_ROWS = 4
+_KEPT = threading.local()
 
 
 def expert_mix(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +134,7 @@ def _backward(
         d_mask = torch.zeros_like(z) if d_mask is None else d_mask
         deterministic = torch.are_deterministic_algorithms_enabled()
         return fused.backward(d_routed, d_mask, z, weight, bias, gates, mask, deterministic, stream)
-    g, flat, (num_experts, width, _) = gates.to(weight.dtype), weight.flatten(1), weight.shape
+    g = gates.to(weight.dtype)
     dm = d_routed * z if d_mask is None else torch.addcmul(d_mask, d_routed, z)
     dm, z = dm.contiguous(), z.contiguous()
     dz = (d_routed * mask).contiguous()
@@ -136,22 +142,23 @@ def _backward(
     for rows, merged in _merged(weight, g):
         dz_of[rows].baddbmm_(dm_of[rows], merged.transpose(1, 2))
 
-    # parts of a sum are added in float32 where the type is half
-    d_weight = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))
-    d_gates = torch.empty_like(gates, dtype=d_weight.dtype)
+    sum_type = torch.promote_types(z.dtype, torch.float32)  # of what is added up over samples
+    d_weight, d_gates = None, torch.empty_like(gates, dtype=sum_type)
     for rows, buffer in _buffers(weight, len(g)):
         product = torch.bmm(z_of[rows].transpose(1, 2), dm_of[rows], out=buffer).flatten(1)
-        if product.dtype == d_weight.dtype:
+        if d_weight is None:
+            d_weight = (g[rows].t() @ product).to(sum_type)
+        elif product.dtype == sum_type:
             d_weight.addmm_(g[rows].t(), product)
         else:
             d_weight += g[rows].t() @ product
         # row by row of W: a single sum over D^2 products would lose an order of magnitude in accuracy
         by_row = torch.bmm(buffer.transpose(0, 1), weight.permute(1, 2, 0))
-        d_gates[rows] = by_row.sum(0, dtype=d_gates.dtype)
-    sums = dm_of.sum(1, dtype=d_gates.dtype)
-    d_gates = torch.where(gates == 0, 0, d_gates + sums @ bias.t().to(sums.dtype)).to(gates.dtype).contiguous()
-    d_bias = (gates.t().to(sums.dtype) @ sums).to(bias.dtype)
-    return dz, d_weight.to(weight.dtype).view(num_experts, width, width), d_bias, d_gates
+        torch.sum(by_row, 0, dtype=sum_type, out=d_gates[rows])
+    sums = dm_of.sum(1, dtype=sum_type)
+    d_gates = torch.where(gates == 0, 0, d_gates.addmm_(sums, bias.t().to(sum_type))).to(gates.dtype).contiguous()
+    d_bias = (gates.t().to(sum_type) @ sums).to(bias.dtype)
+    return dz, d_weight.to(weight.dtype).view_as(weight), d_bias, d_gates
 
 
 @_backward.register_fake
@@ -207,11 +214,25 @@ def _per_row(x: Tensor, gates: Tensor) -> Tensor:
 def _buffers(weight: Tensor, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Room for a (D, D) matrix per row, a few rows at a time: which rows, and (rows, D, D) to be written."""
     shape = weight.shape[1:]
-    at_a_time = max(1, BUFFER.get(weight.device.type, BUFFER["cuda"]) // (shape.numel() * weight.element_size()))
-    buffer = weight.new_empty(min(at_a_time, num_rows), *shape)
-    for start in range(0, num_rows, at_a_time):
-        end = min(start + at_a_time, num_rows)
+    fit = max(1, BUFFER.get(weight.device.type, BUFFER["cuda"]) // (shape.numel() * weight.element_size()))
+    parts = max(1, min(-(-num_rows // fit), num_rows // MIN_ROWS))
+    bounds = [num_rows * part // parts for part in range(parts + 1)]
+    most = -(-num_rows // parts)
+    buffer = _scratch(weight, most * shape.numel()).view(most, *shape)
+    for start, end in itertools.pairwise(bounds):
         yield slice(start, end), buffer[: end - start]
+
+
+def _scratch(like: Tensor, size: int) -> Tensor:
+    """(size,) to be written and forgotten. On a CPU it is the thread's own, call after call: new memory would come page
+    by page from the system, which takes longer than merging; on a GPU PyTorch keeps memory itself."""
+    if like.device.type != "cpu":
+        return like.new_empty(size)
+    kept = vars(_KEPT).setdefault(like.dtype, like.new_empty(0))
+    if kept.numel() < size:
+        with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
+            kept = vars(_KEPT)[like.dtype] = like.new_empty(size)
+    return kept[:size]
 
 
 def _merged(weight: Tensor, gates: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -122,10 +122,17 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (N, L, D), (N, D) -> (N, L, D)
         return self.modulated(x, self.adaLN_modulation(c))
 
-    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:  # (N, L, D), (N, 6 D) -> (N, L, D)
+    def modulated(self, x: Tensor, modulation: Tensor, around: Tensor | None = None) -> Tensor:
+        """Attention and MLP: (N, L, D), (N, 6 D) -> (N, L, D).
+
+        What they make of x is added to x or to ``around``; with ``around=z`` that is
+        ``modulated(x, modulation) + (z - x)``, without the difference.
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        attended = gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = x + attended
+        added_to = x if around is None else around + attended
+        return added_to + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):

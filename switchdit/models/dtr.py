@@ -41,8 +41,7 @@ class DTRBlock(DiTBlock):
     """The DiT block on the owned channels, the others around it: ``block(z * m) + z * (1 - m)``."""
 
     def forward(self, z: Tensor, c: Tensor, mask: Tensor) -> Tensor:  # (N, L, D), (N, D), (N, 1, D) -> (N, L, D)
-        routed = z * mask
-        return super().forward(routed, c) + (z - routed)
+        return self.modulated(z * mask, self.adaLN_modulation(c), around=z)
 
 
 class DTR(DiT):

@@ -75,8 +75,7 @@ class SwitchDiTBlock(DiTBlock):
         routed = finish()
         if self.integration in ("multiply", "multiply_skip"):
             routed = z * routed
-        out = self.modulated(routed, modulation)
-        return out + (z - routed) if "skip" in self.integration else out
+        return self.modulated(routed, modulation, around=z if "skip" in self.integration else None)
 
 
 class SwitchDiT(DiT):
