@@ -17,6 +17,7 @@ from switchdit.errors import UserError, nearest
 
 PROCESSES = ("gaussian", "rectified_flow")
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "rectified_flow": ("euler",)}
+LAYER_NORMS = ("torch", "apex")
 BACKENDS = ("auto", "torch", "deepspeed", "apex")
 DISPATCHES = ("auto", "samples", "weights")
 AUXILIARIES = ("none", "load_balancing", "diffusion_prior")
@@ -117,6 +118,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     activation_checkpointing: int = 0  # recompute every n-th block in the backward pass; 0: none, 1: all
     compile: bool = False  # each block, by torch.compile
+    layer_norm: str = "torch"  # or "apex": NVIDIA's FusedLayerNorm, for blocks that are not compiled
 
     def __post_init__(self):
         for name in ("steps", "global_batch", "gradient_accumulation_steps"):
@@ -138,6 +140,7 @@ class TrainConfig:
         two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         _require(two, "train.betas", self.betas, "two numbers from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "from 0 to below 1")
+        _one_of("train.layer_norm", self.layer_norm, LAYER_NORMS)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the step after ``step`` done ones."""

@@ -70,6 +70,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     )
     from switchdit.engine.faults import Notices, SpikeDetector, Updates, compare_parameters, poisoned
     from switchdit.engine.generate import check_sampling, sample_grid
+    from switchdit.engine.layer_norm import check_layer_norm, use_apex_layer_norm
     from switchdit.engine.monitors import Monitor
     from switchdit.engine.objective import Objective, check_objective, time_distribution
     from switchdit.engine.optimizers import apex_fused_adam, described
@@ -96,6 +97,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
             apex_fused_adam()
         if config.train.compile:
             check_compiler("train.compile", system_of(config.model_name), processes.device)
+        check_layer_norm(config.train.layer_norm, config.train.compile, processes.device)
         dataset = LatentDataset(config.data.latents)
         check_latents(dataset, config.data, fields)
         if config.monitor.sample_every:
@@ -122,6 +124,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:
         compile_blocks(model)
+    if config.train.layer_norm == "apex":
+        use_apex_layer_norm(model)
     micro_batch = micro_batch_of(config, processes.world_size)
     in_bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
     dispatch = set_dispatch(model, config.moe.dispatch, samples=micro_batch, itemsize=2 if in_bf16 else 4)

@@ -18,9 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["SWITCHDIT_CACHE"] = CACHE.name
 
 
-@pytest.fixture(autouse=True)
-def _each_test_leaves_one_process():
-    """A process group that a test leaves behind would tell the tests after it another world than a user's."""
+@pytest.fixture(scope="module", autouse=True)
+def _each_file_leaves_no_process_group():
+    """What tests leave behind would tell the files after them of another world than a user's."""
     yield
     distributed = sys.modules.get("torch.distributed")
-    assert not (distributed and distributed.is_initialized()), "the test left torch.distributed initialised"
+    assert not (distributed and distributed.is_initialized()), "a test of this file left torch.distributed initialised"
