@@ -230,7 +230,7 @@ class SampleConfig:
     sampler: str = "ddpm"
     eta: float = 0.0
     dtype: str = "float32"
-    compile: bool = False
+    compile: bool = False  # by sample.py; pictures during training are not
 
     def __post_init__(self):
         _require(self.cfg_scale >= 0, "sample.cfg_scale", self.cfg_scale, "at least 0")

@@ -67,7 +67,7 @@ def resolve_deepspeed_config(path: str | Path, config: Config, world_size: int, 
     }
     # torch's fused AdamW needs no compiler and does not make the host wait; on a host DeepSpeed's is the faster
     torch_adam = backend == "torch" or (backend == "auto" and not (on_gpu and _offloads(values)))
-    # what it overlaps with is other processes, and it waits for the device at every bucket
+    # what it overlaps with is other processes, and it waits for the device in every backward pass
     free = {"optimizer.params.torch_adam": torch_adam, "zero_optimization.overlap_comm": world_size > 1}
     if backend != "auto":
         known["optimizer.params.torch_adam"] = torch_adam

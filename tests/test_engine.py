@@ -67,5 +67,22 @@ def test_a_missing_compiler_is_told_in_a_line(monkeypatch):
     says = r"^DeepSpeed cannot compile its optimizer: sh: c\+\+: not found; optimizer.backend torch needs no compiler$"
     with pytest.raises(UserError, match=says):
         fail("Error building extension 'fused_adam': c++ -x\nFAILED: fused_adam.o\nsh: c++: not found\nninja: stopped")
+    with pytest.raises(UserError, match="its optimizer: Unable to JIT load the fused_adam op due to ninja not being"):
+        fail("Unable to JIT load the fused_adam op due to ninja not being installed.")
     with pytest.raises(RuntimeError, match="out of memory"):
         fail("CUDA out of memory")
+
+
+def test_what_is_recorded_of_deepspeeds_config_is_what_was_given(monkeypatch):
+    """Not how it was completed: a run that starts from the record may have another backend."""
+    seen, given = {}, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "bf16": {"enabled": True}}
+
+    def initialize(config, **_):
+        seen.update(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(engine.deepspeed, "initialize", initialize)
+    with pytest.raises(UserError, match="enough"):
+        build_engine(torch.nn.Linear(1, 1), given)
+    assert seen["optimizer"]["params"] == {"torch_adam": True, "fused": True}
+    assert given == {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "bf16": {"enabled": True}}

@@ -6,6 +6,8 @@ anything was written there, and whether a barrier or a wait orders it after what
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import re
 import shutil
@@ -39,6 +41,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled with g++")
 
 HALF, BRAIN = torch.float16, torch.bfloat16
+CUDA = torch.device("cuda", 0)
 CASES = {
     "few tokens": Problem(3, 33, 104),
     "few tokens, k=3": Problem(2, 20, 136, M=4, k=3, dtype=HALF),
@@ -49,6 +52,7 @@ CASES = {
     "the gates of all samples in one row": Problem(3, 70, 72, shared=True),
     "one row of gates, k=1": Problem(4, 17, 72, M=5, k=1, dtype=HALF, shared=True),
     "64 experts, 6 chosen": Problem(2, 34, 72, M=64, k=6),
+    "the mask unused": Problem(2, 33, 40, mask_used=False),
     "S/2": Problem(1, 256, 384, multiprocessors=108),
 }
 LARGER = {
@@ -56,6 +60,8 @@ LARGER = {
     "L/2": Problem(1, 256, 1024, multiprocessors=108),
     "XL/2": Problem(1, 256, 1152, M=4, k=3, multiprocessors=132),
 }
+# on a real device, which fills it: the widest tiles, and several samples for each CTA of the weight gradient
+FULL = {"a full device": Problem(100, 65, 128)}
 # between them they come to every line of the kernels that a fault can be planted in
 FAULTY_CASES = [
     Problem(3, 33, 104, M=4),
@@ -224,13 +230,19 @@ def test_binding_over_emulated_kernels(tmp_path, monkeypatch):
     def mix(z, weight, *others):
         return expert_mix.expert_mix(z.mT.contiguous().mT, weight.mT.contiguous().mT, *others)
 
-    problem = Problem(3, 20, 40)
-    monkeypatch.setattr(expert_mix, "_fused", lambda *tensors: binding)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    fused = differentiated(problem, mix, problem.dtype)
-    monkeypatch.undo()
-    assert shortcomings(problem, fused) == {}
-    assert not torch.equal(fused["d_weight"], differentiated(problem, mix, problem.dtype)["d_weight"])
+    for problem in (Problem(3, 20, 40, mask_used=False), Problem(3, 20, 40)):
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_mix, "fused_kernel", lambda *tensors: binding)
+            patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+            fused = differentiated(problem, mix, problem.dtype)
+        assert shortcomings(problem, fused) == {}
+        assert not torch.equal(fused["d_weight"], differentiated(problem, mix, problem.dtype)["d_weight"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        builder.try_out(binding, torch.device("cpu"))
 
     inputs = problem.draw()
     forward = [inputs[name] for name in ("z", "weight", "bias", "gates")]
@@ -247,14 +259,14 @@ def test_binding_over_emulated_kernels(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("problem", (CASES | LARGER).values(), ids=CASES | LARGER)
+@pytest.mark.parametrize("problem", (CASES | LARGER | FULL).values(), ids=CASES | LARGER | FULL)
 def test_on_a_gpu(monkeypatch, problem):
     monkeypatch.setenv(builder.SWITCH, "1")
-    kernel = builder.load_fused.__wrapped__()
+    kernel = builder.load_fused.__wrapped__(CUDA)
     assert kernel is not None
     inputs = {name: tensor.cuda() for name, tensor in problem.draw().items()}
     forward = [inputs[name] for name in ("z", "weight", "bias", "gates")]
-    upstream = [inputs[name] for name in ("d_routed", "d_mask")]
+    upstream = [inputs["d_routed"], inputs["d_mask"] if problem.mask_used else None]
 
     def once() -> dict[str, torch.Tensor]:
         stream = torch.cuda.current_stream().cuda_stream
@@ -265,6 +277,37 @@ def test_on_a_gpu(monkeypatch, problem):
     first, again = once(), once()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert shortcomings(problem, {name: tensor.cpu() for name, tensor in first.items()}) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_operator_on_a_gpu(monkeypatch):
+    """As models call it: under autocast, by autograd, on another stream, and replayed as a graph."""
+    kernel = builder.load_fused.__wrapped__
+    monkeypatch.setenv(builder.SWITCH, "1")
+    monkeypatch.setattr(builder, "load_fused", functools.cache(kernel))
+    inputs = {name: tensor.float().cuda() for name, tensor in Problem(4, 70, 136).draw().items()}
+    leaves = [inputs[name].requires_grad_() for name in ("z", "weight", "bias", "gates")]
+
+    def mixed() -> list[torch.Tensor]:
+        with torch.autocast("cuda", dtype=BRAIN):
+            assert expert_mix.fused_kernel(leaves[0].bfloat16(), leaves[1].bfloat16(), leaves[3]) is not None
+            routed, _ = expert_mix.expert_mix(*leaves)
+        return [routed, *torch.autograd.grad(routed, leaves, inputs["d_routed"].to(routed.dtype))]
+
+    expected = mixed()
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        on_a_stream = mixed()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, on_a_stream, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = mixed()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, replayed, expected))
 
 
 @pytest.mark.parametrize(
@@ -314,13 +357,13 @@ def test_load_is_quiet_where_it_cannot_be(monkeypatch, value):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert builder.load_fused.__wrapped__() is None
+        assert builder.load_fused.__wrapped__(CUDA) is None
 
 
 @pytest.mark.parametrize(
     ("capability", "obstacle", "reason"),
     [
-        ((9, 0), None, "its build failed: Error building extension 'expert_mix_op'"),
+        ((9, 0), None, "it does not build or run: Error building extension 'expert_mix_op'"),
         ((9, 0), "there is no nvcc", "there is no nvcc"),
         ((8, 6), None, "the device's compute capability 8.6 is none of 8.0, 9.0, 10.0, 10.3"),
     ],
@@ -332,19 +375,35 @@ def test_what_a_gpu_cannot_have_is_one_warning(monkeypatch, capability, obstacle
 
     monkeypatch.setenv(builder.SWITCH, "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(builder, "obstacle", lambda: obstacle)
     monkeypatch.setattr(builder, "expert_mix_builder", Broken)
     message = f"the fused expert_mix kernel is not used: {reason}"
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as caught:
-        assert builder.load_fused.__wrapped__() is None
+        assert builder.load_fused.__wrapped__(CUDA) is None
     assert len(caught) == 1
+
+
+def test_a_kernel_that_does_not_run_is_not_used(monkeypatch):
+    """Built, but for another device or driver."""
+
+    def refuse(kernel, device):
+        raise RuntimeError("expert_mix failed: no kernel image is available for execution on the device (N = 1, ...)")
+
+    monkeypatch.setenv(builder.SWITCH, "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(builder, "obstacle", lambda: None)
+    monkeypatch.setattr(builder, "expert_mix_builder", lambda: SimpleNamespace(load=lambda verbose: SimpleNamespace()))
+    monkeypatch.setattr(builder, "try_out", refuse)
+    with pytest.warns(UserWarning, match="it does not build or run: expert_mix failed: no kernel image is available"):
+        assert builder.load_fused.__wrapped__(CUDA) is None
 
 
 def test_switch_is_0_or_1(monkeypatch):
     monkeypatch.setenv(builder.SWITCH, "yes")
     with pytest.raises(UserError, match="SWITCHDIT_FUSED_KERNEL=yes is neither 1"):
-        builder.load_fused.__wrapped__()
+        builder.load_fused.__wrapped__(CUDA)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could build it")

@@ -13,6 +13,7 @@ from launching import ROOT, WORKERS, launched
 
 from switchdit import build_model
 from switchdit.errors import UserError
+from switchdit.models.switch_dit import INTEGRATIONS
 from tools import memory_table
 from tools.memory_terms import (
     HOST_KINDS,
@@ -188,6 +189,15 @@ def test_activations_are_what_autograd_keeps(name, dtype):
     fields = {"input_size": 32, "hidden_size": 64, "num_heads": 4, "num_classes": 5, "depth": 3}
     estimate = activation_memory(name, dtype.itemsize, 3, **fields)
     assert estimate == pytest.approx(saved_bytes(name, dtype, 3, **fields), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_merged_matrices_are_kept_where_the_mixture_is_not_multiplied_at_once(integration):
+    """Wide enough for them to count: a fifteenth of the whole."""
+    fields = {"input_size": 16, "hidden_size": 128, "num_heads": 4, "num_classes": 5, "depth": 3}
+    estimate = activation_memory("Switch-DiT-S/2", 4, 6, integration=integration, **fields)
+    kept = saved_bytes("Switch-DiT-S/2", torch.float32, 6, integration=integration, **fields)
+    assert estimate == pytest.approx(kept, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "Switch-DiT-S/2", "Diff-MoE-S/2"])

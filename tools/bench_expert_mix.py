@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.kernels.expert_mix import expert_mix
+from switchdit.kernels.expert_mix import expert_mix, fused_kernel
 from switchdit.moe.timestep_gate import top_k_gates
 from tools import timing
 from tools.baselines import StockExpertMix, grouped_expert_mix, plain_expert_mix
@@ -80,7 +80,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     device = timing.measured_device()
-    about = timing.surroundings(args, device)
+    about = timing.surroundings(args, device) | {"ours": path_of_ours(args, device)}
     roof = timing.roof_of(device, timing.DTYPES[args.dtype])
     rows, missing = [], {}
     for width in args.hidden_size:
@@ -89,12 +89,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(measure(args, device, roof, (kind, width, num_experts, top_k), missing))
     print(timing.shown_surroundings(about) + f", {args.tokens} tokens")
     print(timing.shown_roof(roof, args.dtype))
-    print(LEGEND + "\n")
+    print(f"{LEGEND}; ours: {about['ours']}\n")
     columns, cells = table(rows, device.type == "cuda")
     print(text_table(columns, cells) + "\n")
     for name, why in missing.items():
         print(f"{CANDIDATES[name]} is not available here: {why}\n")
     print(json.dumps({**about, "tokens": args.tokens, "roof": roof, "missing": missing, "results": rows}))
+
+
+def path_of_ours(args: argparse.Namespace, device: torch.device) -> str:
+    """Which implementation of the operator these sizes and this type take."""
+    dtype, width, num_experts = timing.DTYPES[args.dtype], args.hidden_size[0], args.num_experts[0]
+    z = torch.empty(1, args.tokens, width, dtype=dtype, device=device)
+    weight = torch.empty(num_experts, width, width, dtype=dtype, device=device)
+    fused = fused_kernel(z, weight, torch.empty(1, num_experts, device=device))
+    return "merged, then one product" if fused is None else "the fused kernel"
 
 
 def measure(

@@ -139,7 +139,8 @@ def training_step(system: str, config: Config, device: torch.device, args: argpa
     def take() -> None:
         objective.start_step(next(steps))
         losses = objective(engine, next(batches).to(device))
-        if updates.hear():  # of the step before
+        heard = updates.hear()  # of the step before
+        if heard and heard[1]:
             ema.update()
         engine.backward(poisoned(losses.total))
         updates.step(engine.global_steps + 1)

@@ -223,7 +223,8 @@ def activation_memory(name: str, itemsize: int, micro_batch: int, checkpointing:
 
     ==========  =================  ================================================================================
     DiT         12 + 2 r           and 8 D of the modulation
-    Switch-DiT  14 + 2 r           and M (D^2 + D) for all samples, the stacked experts (merged ones are not kept)
+    Switch-DiT  14 + 2 r           and M (D^2 + D) for all samples, the stacked experts; D^2 of each sample, merged
+                                   ones, where ``integration`` is not the default, and of samples that travel
     Diff-MoE    19 + 4 s           s shared experts; and k (6 r + 10) of the chosen ones
     ==========  =================  ================================================================================
 
@@ -243,6 +244,7 @@ def activation_memory(name: str, itemsize: int, micro_batch: int, checkpointing:
     if system_of(name) == "Switch-DiT":
         units += 2 * width
         per_block = f["num_experts"] * (width**2 + width)
+        per_sample += width**2 * (f["integration"] != "multiply_skip_one")
     elif system_of(name) == "Diff-MoE":
         units = (19 + 4 * f["num_shared_experts"]) * width + f["top_k"] * (6 * inner + 10 * width)
         if itemsize < 4:

@@ -167,6 +167,7 @@ def guided(
 ) -> Denoise:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) of ``model(x, t, y)``, as a ``denoise``.
 
+    The model gets the timestep that all rows share as t of shape (1,); (N,) or (2N,) only where they differ.
     One forward of 2N rows, conditional first. Prediction = uncond + cfg_scale * (cond - uncond) on the first
     ``guided_channels`` channels of x; all others, variance included, are the conditional half's. A scale of 1 is the
     plain model: one forward of N rows. The result also takes timesteps (N,), one for each row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -39,6 +40,8 @@ from switchdit.errors import FaultError, UserError
 from switchdit.ranks import RANK_VARIABLES, rank_variables
 
 T = TypeVar("T")
+# how messages of DeepSpeed and PyTorch begin that say why an operator cannot be compiled or loaded
+OF_COMPILING = ("Error building extension", "Unable to JIT load", "Unable to load", "DeepSpeed JIT builder")
 
 
 @dataclass(frozen=True)
@@ -172,13 +175,14 @@ def build_engine(
 
     Args:
         model: from `build_model`, built after `init_processes`.
-        deepspeed_config: from `resolve_deepspeed_config`; gets what it leaves open.
+        deepspeed_config: from `resolve_deepspeed_config`; it is not changed.
         backend: ``optimizer.backend`` of the run.
 
     Raises:
         UserError: if DeepSpeed refuses the configuration, or the backend is not there.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    deepspeed_config = copy.deepcopy(deepspeed_config)
     section = deepspeed_config.get("optimizer", {})
     optimizer = apex_adam(section) if backend == "apex" else None
     choose_fused(section)
@@ -197,7 +201,7 @@ def build_engine(
         raise UserError(f"DeepSpeed cannot use its configuration: {told}") from problem
     except (RuntimeError, MissingCUDAException) as problem:  # of what it compiles on first use
         lines = str(problem).splitlines() or [type(problem).__name__]
-        if isinstance(problem, RuntimeError) and not lines[0].startswith("Error building extension"):
+        if isinstance(problem, RuntimeError) and not lines[0].startswith(OF_COMPILING):
             raise
         reason = next((line for line in lines if "not found" in line or "error:" in line), lines[0])
         raise UserError(

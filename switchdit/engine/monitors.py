@@ -129,7 +129,7 @@ class Monitor:
     def fault(self, step: int, what: str, samples: list[int], told_at: int, **values: float) -> None:
         """A line in ``faults.jsonl``: ``what`` happened at ``step``, and which images of the data set it saw.
 
-        ``told_at``: the step at which it is known; a run that is resumed before it will tell it again.
+        ``told_at``: the first step whose checkpoint knows of it; a run that is resumed before will tell it again.
         """
         if self.writer:
             self.writer.add_scalar(f"faults/{what}", 1, told_at)

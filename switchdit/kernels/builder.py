@@ -23,7 +23,6 @@ from switchdit.errors import UserError, exit_on_user_error
 SWITCH = "SWITCHDIT_FUSED_KERNEL"
 CSRC = Path(__file__).parent / "csrc"
 SOURCES = ("expert_mix.cu", "binding.cpp")
-ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))  # whose CTAs may have 132.1 KiB of shared memory
 # ValueError: of architectures that DeepSpeed does not know
 BUILD_FAILURES = (RuntimeError, OSError, ImportError, ValueError, subprocess.SubprocessError)
@@ -54,10 +53,11 @@ def supports(z: Tensor, weight: Tensor, gates: Tensor) -> bool:
 
 
 @functools.cache
-def load_fused() -> ModuleType | None:
+def load_fused(device: torch.device) -> ModuleType | None:
     """The kernel's ``forward`` and ``backward`` (csrc/binding.cpp), or None where it is not wanted or cannot be.
 
-    The first call builds it, which takes a minute. Where it is wanted, why a GPU cannot have it is told in one warning.
+    The first call builds it, which takes a minute, and tries it on the device: what was built for another one, or with
+    a toolkit too new for the driver, shows only there. Where it is wanted, why it is not used is told in one warning.
 
     Raises:
         UserError: if SWITCHDIT_FUSED_KERNEL is neither 0 nor 1.
@@ -67,17 +67,32 @@ def load_fused() -> ModuleType | None:
         raise UserError(f"{SWITCH}={wanted} is neither 1 (use the fused kernel) nor 0")
     if wanted != "1" or not torch.cuda.is_available():
         return None
-    capability, problem = torch.cuda.get_device_capability(), obstacle()
+    capability, problem = torch.cuda.get_device_capability(device), obstacle()
     if capability not in CAPABILITIES:
         known = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
         problem = f"the device's compute capability {capability[0]}.{capability[1]} is none of {known}"
     if problem is None:
         try:
-            return expert_mix_builder().load(verbose=False)
+            kernel = expert_mix_builder().load(verbose=False)
+            try_out(kernel, device)
+            return kernel
         except BUILD_FAILURES as failure:
-            problem = "its build failed: " + str(failure).strip().partition("\n")[0]
+            problem = "it does not build or run: " + str(failure).strip().partition("\n")[0]
     warnings.warn(f"the fused expert_mix kernel is not used: {problem}", stacklevel=2)
     return None
+
+
+def try_out(kernel: ModuleType, device: torch.device) -> None:
+    """Run all of it once, on the least there is; what the device refuses is a RuntimeError."""
+    z, weight = (torch.ones(1, 1, VECTOR, dtype=TYPES[0], device=device).expand(1, n, VECTOR) for n in (1, VECTOR))
+    bias, gates = z[0], torch.ones(1, 1, device=device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _, mask = kernel.forward(z, weight, bias, gates, stream)
+        kernel.backward(z, None, z, weight, bias, gates, mask, True, stream)
+        torch.cuda.synchronize(device)
+    if not torch.equal(mask.cpu(), torch.full_like(mask, 2.0 + VECTOR, device="cpu")):
+        raise RuntimeError(f"1 + 1 + {VECTOR} * 1 is {mask.flatten()[0].item()} on {device}")
 
 
 def obstacle() -> str | None:
@@ -94,7 +109,7 @@ def obstacle() -> str | None:
 
 
 def sources_hash() -> str:
-    content = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))
+    content = b"".join(path.read_bytes() for path in sorted(CSRC.iterdir())) + torch.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -112,9 +127,11 @@ def expert_mix_builder():
         def include_paths(self):
             return [str(CSRC)]
 
+        # the define makes a change of any source, or another PyTorch, build anew: torch looks at SOURCES alone
+        def cxx_args(self):
+            return [*super().cxx_args(), f"-DSOURCES={sources_hash()}"]
+
         def nvcc_args(self):  # not DeepSpeed's: --use_fast_math would flush what is small to zero
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-            # the define makes a change of any source build anew: torch looks at SOURCES alone
             return ["-O3", "-std=c++17", "--threads=2", f"-DSOURCES={sources_hash()}", *self.compute_capability_args()]
 
         def filter_ccs(self, ccs):
@@ -133,7 +150,7 @@ def main() -> None:
     except BUILD_FAILURES as failure:
         sys.stderr.write(f"{failure}\n")
         raise UserError("the fused expert_mix kernel was not built: see above") from None
-    print(f"{built.__file__}: {', '.join(SOURCES)} for {os.environ.get('TORCH_CUDA_ARCH_LIST', ARCHITECTURES)}")
+    print(f"{built.__file__}: {', '.join(SOURCES)} for {os.environ.get('TORCH_CUDA_ARCH_LIST') or 'the GPUs here'}")
 
 
 if __name__ == "__main__":

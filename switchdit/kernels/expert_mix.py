@@ -97,7 +97,7 @@ def _without_autocast(function: Callable) -> Callable:
 @torch.library.custom_op("switchdit::expert_mix", mutates_args=())
 @_without_autocast
 def _forward(z: Tensor, weight: Tensor, bias: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    if fused := _fused(z, weight, gates):
+    if fused := fused_kernel(z, weight, gates):
         return fused.forward(z, weight, bias, gates, torch.cuda.current_stream(z.device).cuda_stream)
     if z.device.type == "cpu" and torch.equal(gates, gates[:1].expand_as(gates)):
         gates = gates[:1]  # elsewhere, to look would be to wait for the device
@@ -129,9 +129,8 @@ def _backward(
     dz = d_routed * mask + dm (sum_j g_j W_j)^T        dW_j = sum_n g_nj P_n
     dg_nj = <P_n, W_j> + <sum_l dm_nl, b_j>            db_j = sum_n g_nj sum_l dm_nl
     """
-    if fused := _fused(z, weight, gates):
+    if fused := fused_kernel(z, weight, gates):
         stream = torch.cuda.current_stream(z.device).cuda_stream
-        d_mask = torch.zeros_like(z) if d_mask is None else d_mask
         deterministic = torch.are_deterministic_algorithms_enabled()
         return fused.backward(d_routed, d_mask, z, weight, bias, gates, mask, deterministic, stream)
     g = gates.to(weight.dtype)
@@ -197,13 +196,13 @@ def _backward_flops(d_routed, d_mask, z: torch.Size, weight: torch.Size, bias, g
     return 2 * (2 * n * tokens * width**2 + 3 * rows * num_experts * width**2 + 2 * rows * num_experts * width)
 
 
-def _fused(z: Tensor, weight: Tensor, gates: Tensor):
-    """The fused kernel, where it was built, asked for and fits; else None."""
+def fused_kernel(z: Tensor, weight: Tensor, gates: Tensor):
+    """The fused kernel, where it is asked for, runs and fits; else None."""
     if z.device.type != "cuda":
         return None
     from switchdit.kernels import builder
 
-    return builder.load_fused() if builder.supports(z, weight, gates) else None
+    return builder.load_fused(z.device) if builder.supports(z, weight, gates) else None
 
 
 def _per_row(x: Tensor, gates: Tensor) -> Tensor:

@@ -89,9 +89,12 @@ def begin_matching(
     copied = torch.cuda.Event()
     copied.record()
 
+    device = cost.device
+
     def assign() -> Tensor:
-        copied.synchronize()  # this thread alone waits for the device
-        return _assign(host.numpy(), seed, step).pin_memory()
+        with torch.cuda.device(device):  # a new thread's is the first
+            copied.synchronize()  # this thread alone waits for the device
+            return _assign(host.numpy(), seed, step).pin_memory()
 
     return worker.submit(assign).result
 

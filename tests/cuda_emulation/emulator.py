@@ -41,6 +41,7 @@ class Problem:
     shared: bool = False
     seed: int = 0
     multiprocessors: int = 4
+    mask_used: bool = True  # whether the mask has a gradient of its own
 
     def draw(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -91,7 +92,7 @@ def run(
     assert error == 0
 
     mask = made["mask"].clone()
-    upstream = [buffer(given[name], False) for name in ("d_routed", "d_mask")]
+    upstream = [buffer(given["d_routed"], False), buffer(given["d_mask"], False) if problem.mask_used else None]
     workspace = torch.empty(emulation.expert_mix_workspace(sizes), dtype=torch.uint8)
     backward = [buffer(made[name], True) for name in BACKWARD] + [buffer(workspace, True)]
     inputs = [*upstream, z, weight, bias, gates, buffer(mask, False)]
@@ -106,8 +107,9 @@ def differentiated(problem: Problem, mix: Callable, dtype: torch.dtype) -> dict[
     leaves = [given[name].to(dtype) for name in ("z", "weight", "bias")]
     leaves.append(given["gates"].to(torch.promote_types(dtype, torch.float32)))
     routed, mask = mix(*(leaf.requires_grad_() for leaf in leaves))
-    upstream = (given["d_routed"].to(dtype), given["d_mask"].to(dtype))
-    gradients = torch.autograd.grad((routed, mask), leaves, upstream)
+    used = 2 if problem.mask_used else 1
+    upstream = (given["d_routed"].to(dtype), given["d_mask"].to(dtype))[:used]
+    gradients = torch.autograd.grad((routed, mask)[:used], leaves, upstream)
     return {"routed": routed.detach(), "mask": mask.detach(), **dict(zip(BACKWARD, gradients, strict=True))}
 
 

@@ -4,6 +4,7 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <optional>
 #include <tuple>
 
 #include "expert_mix.h"
@@ -66,20 +67,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& weight, const 
   return {routed, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_routed, const Tensor& d_mask, const Tensor& z,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& d_routed, const std::optional<Tensor>& d_mask,
+                                                    const Tensor& z,
                                                     const Tensor& weight, const Tensor& bias, const Tensor& gates,
                                                     const Tensor& mask, bool /*deterministic: it always is*/,
                                                     int64_t stream) {
   const Inputs in = checked_inputs(z, weight, bias, gates);
-  const Tensor up_routed = in.checked_as_z(d_routed, "d_routed"), up_mask = in.checked_as_z(d_mask, "d_mask"),
-               made_mask = in.checked_as_z(mask, "mask");
+  const Tensor up_routed = in.checked_as_z(d_routed, "d_routed"), made_mask = in.checked_as_z(mask, "mask");
+  const Tensor up_mask = d_mask ? in.checked_as_z(*d_mask, "d_mask") : Tensor();
   const c10::DeviceGuard guard(z.device());
   Tensor dz = at::empty_like(in.z), d_weight = at::empty_like(in.weight), d_bias = at::empty_like(in.bias),
          d_gates = at::empty_like(in.gates);
   const auto bytes = static_cast<int64_t>(expert_mix_workspace(in.sizes));
   Tensor workspace = at::empty({bytes}, z.options().dtype(at::kByte));
-  check_ran(expert_mix_backward(in.sizes, up_routed.const_data_ptr(), up_mask.const_data_ptr(), in.z.const_data_ptr(),
-                                in.weight.const_data_ptr(), in.bias.const_data_ptr(),
+  check_ran(expert_mix_backward(in.sizes, up_routed.const_data_ptr(), d_mask ? up_mask.const_data_ptr() : nullptr,
+                                in.z.const_data_ptr(), in.weight.const_data_ptr(), in.bias.const_data_ptr(),
                                 in.gates.const_data_ptr<float>(), made_mask.const_data_ptr(), dz.mutable_data_ptr(),
                                 d_weight.mutable_data_ptr(), d_bias.mutable_data_ptr(),
                                 d_gates.mutable_data_ptr<float>(), workspace.mutable_data_ptr(), stream_of(stream)),

@@ -27,7 +27,7 @@ int expert_mix_forward(struct ExpertMixSizes sizes, const void* z, const void* w
 // Bytes of device memory that expert_mix_backward needs for its own use on the current device; 0 if it cannot run.
 size_t expert_mix_workspace(struct ExpertMixSizes sizes);
 
-// d_gates is zero where gates are zero. Every run gives the same bits.
+// d_gates is zero where gates are zero; a null d_mask stands for zeros. Every run gives the same bits.
 int expert_mix_backward(struct ExpertMixSizes sizes, const void* d_routed, const void* d_mask, const void* z,
                         const void* weight, const void* bias, const float* gates, const void* mask, void* dz,
                         void* d_weight, void* d_bias, float* d_gates, void* workspace, void* stream);

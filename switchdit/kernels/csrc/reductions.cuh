@@ -7,7 +7,7 @@ namespace expert_mix {
 
 struct ReductionArguments {
   const uint16_t* d_routed;   // (N, L, D)
-  const uint16_t* d_mask;     // (N, L, D)
+  const uint16_t* d_mask;     // (N, L, D), or null: zero
   const uint16_t* z;          // (N, L, D)
   const uint16_t* bias;       // (M, D)
   const float* gates;         // (gate_rows, M)
@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(kThreads) mask_gradient(const ReductionArgumen
 #pragma unroll 4
     for (int t = row; t < tokens; t += kBlockRows) {
       const size_t at = (sample * tokens + t) * width + column + c;
-      float upstream[kVector], z[kVector], dm[kVector];
+      float upstream[kVector], z[kVector], dm[kVector] = {};
       unpack<Element>(upstream, read_once(arguments.d_routed + at));
       unpack<Element>(z, read_once(arguments.z + at));
-      unpack<Element>(dm, read_once(arguments.d_mask + at));
+      if (arguments.d_mask != nullptr) unpack<Element>(dm, read_once(arguments.d_mask + at));
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         dm[v] = fmaf(upstream[v], z[v], dm[v]);
