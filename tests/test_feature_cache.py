@@ -131,6 +131,19 @@ def test_a_folder_that_changes_meanwhile_is_refused_by_name(tmp_path):
         kept(open_images(tmp_path / "pictures", "--samples"), network, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("found", ["half of it", "another size"])
+def test_an_image_that_is_read_while_it_is_replaced_is_no_bad_image(tmp_path, found):
+    for i in range(3):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+    images = open_images(tmp_path, "--samples")
+    if found == "half of it":
+        (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:30])
+    else:
+        Image.new("RGB", (5, 5), "red").save(tmp_path / "1.png")
+    with pytest.raises(UserError, match=r"1.png has changed while it was read; start again$"):
+        list(images.batches(2))
+
+
 def damage(path, kind, images):
     content = path.read_bytes()
     if kind == "cut":

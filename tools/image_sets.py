@@ -255,12 +255,16 @@ class FolderImages:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, name: str) -> np.ndarray:
-        image = _decode(self.path / name, self.option)
-        if image.shape[:2] != self.shape:
-            raise UserError(
-                f"{self.option} {self.path}: {name} is {_by(image.shape)}, but {self.names[0]} is {_by(self.shape)}; "
-                "tools/pack_images.py brings a folder to one size"
-            )
+        try:
+            image = _decode(self.path / name, self.option)
+            if image.shape[:2] != self.shape:
+                raise UserError(
+                    f"{self.option} {self.path}: {name} is {_by(image.shape)}, but {self.names[0]} is "
+                    f"{_by(self.shape)}; tools/pack_images.py brings a folder to one size"
+                )
+        except UserError:
+            self.check_unchanged()  # half of an image that is being replaced is no bad image
+            raise
         return image
 
     def sha256(self) -> str:
