@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from launching import ROOT, free_port
 
+from switchdit import build_model
 from switchdit.config import config_from_dict
 from switchdit.deepspeed_config import resolve_deepspeed_config
 from switchdit.engine.checkpoint import Checkpoints, load_checkpoint
@@ -323,3 +324,18 @@ def test_the_log_says_which(params, says):
 
 def test_one_process_overlaps_nothing(tmp_path):
     assert resolved(tmp_path, "auto")["zero_optimization"]["overlap_comm"] is False
+
+
+def test_experts_are_reduced_with_all_others_where_the_same_processes_do_both():
+    """The real ZeRO optimizer: that it works out is for the gradients' parity; this is that it happens."""
+    torch.manual_seed(0)
+    model = build_model("Switch-DiT-S/2", depth=1, hidden_size=16, num_heads=2, input_size=4, num_classes=3)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "torch_adam": True}},
+        "zero_optimization": {"stage": 2},
+        "steps_per_print": 10**9,
+    }
+    zero = build_engine(model, config).optimizer
+    assert list(zero.expert_dp_process_group) == ["ep_size_1"]
+    assert zero.expert_dp_process_group["ep_size_1"] is zero.dp_process_group
