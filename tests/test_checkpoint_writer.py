@@ -139,6 +139,27 @@ def test_the_first_writer_waits_for_all_and_then_gives_the_name(tmp_path):
     assert damage(final) is None
 
 
+def test_the_folder_gets_its_name_as_soon_as_the_last_list_is_there(tmp_path, monkeypatch):
+    """Also where that process comes no further just then: it must have nothing left to do in the folder."""
+    partial, final, rename = tmp_path / ".partial_step_0000003", tmp_path / "step_0000003", os.replace
+    named = threading.Event()
+
+    def rename_and_fall_asleep(source, target):
+        rename(source, target)
+        if target == partial / "files_of_rank_00001.json":
+            named.wait(timeout=30)
+
+    def finish(files):
+        commit(partial, final)
+        named.set()
+
+    monkeypatch.setattr(os, "replace", rename_and_fall_asleep)
+    for writer in write_by(2, partial, finish):
+        assert writer.wait_until_written() is None
+        writer.wait_until_finished()
+    assert sorted(p.name for p in final.iterdir()) == ["0.pt", "1.pt"]
+
+
 def test_a_writer_that_fails_keeps_the_checkpoint_from_its_name(tmp_path):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -200,14 +200,15 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     write_dataset(tmp_path)
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 3, limits[1]))
+    free = [os.open(tmp_path, os.O_RDONLY) for _ in range(3)]  # the lowest that are, with gaps where others are open
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1] + 1, limits[1]))
     try:
         with pytest.raises(UserError, match=r"shard_0000\d\.npy cannot be read: Too many open files"):
             LatentDataset(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        os.close(descriptor)
 
 
 def test_empty_and_absent_folders(tmp_path):

@@ -208,7 +208,7 @@ class CheckpointWriter:
     def _run(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
         try:
             done = {name: write_hashed(partial / name, write, self._count) for name, write in files.items()}
-            write_json(partial / _list_name(self.rank), done)
+            self._list(partial, done)
             self._written.set()
             if self.rank == 0 and (everything := self._gather(partial)) is not None:
                 finish(everything)
@@ -219,6 +219,16 @@ class CheckpointWriter:
 
     def _count(self, number: int) -> None:
         self.bytes_written += number
+
+    def _list(self, partial: Path, done: dict[str, Any]) -> None:
+        """Leave the list of this process's files.
+
+        The rename is the last that is done in the folder: as soon as the last list is there, the first process may
+        give the folder its name.
+        """
+        name = _list_name(self.rank)
+        write_json(partial / f"{name}.whole", done)
+        os.replace(partial / f"{name}.whole", partial / name)
 
     def _gather(self, partial: Path) -> dict[str, Any] | None:
         names = {_list_name(rank) for rank in range(self.world_size)}
