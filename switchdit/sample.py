@@ -74,7 +74,15 @@ def sample(args: argparse.Namespace) -> None:
 
     from switchdit.engine.compilation import check_compiler, compile_model
     from switchdit.engine.engine import barrier, init_processes, leave
-    from switchdit.engine.generate import DecoderBeside, balanced_labels, check_sampling, class_rows, sample_latents
+    from switchdit.engine.generate import (
+        DecoderBeside,
+        balanced_labels,
+        check_sampling,
+        class_rows,
+        cpu_block_size,
+        image_blocks,
+        sample_latents,
+    )
     from switchdit.engine.objective import build_process
     from switchdit.models import system_of
     from switchdit.progress import progress
@@ -88,13 +96,14 @@ def sample(args: argparse.Namespace) -> None:
         check_compiler("sample.compile", system_of(config.model_name), processes.device)
         compile_model(model)
     process = build_process(config.diffusion, model.num_timesteps)
-    labels = balanced_labels(args.num_samples, model.num_classes)
-
-    # On a CPU the last bits of an image depend on how many share a call with it and on the number of threads. There,
-    # images are made one by one on one thread, so that the same ones come from any number of processes.
-    batch_size = args.batch_size
-    if processes.device.type == "cpu":
-        batch_size = 1
+    # The last bits of an image depend on how many share a call with it, and on a CPU on the number of threads, which is
+    # one there, so that any number of processes makes the same images.
+    on_cpu = processes.device.type == "cpu"
+    size = cpu_block_size(args.num_samples) if on_cpu else args.batch_size
+    blocks = image_blocks(args.num_samples, size, world_size=1 if on_cpu else processes.world_size)
+    mine = blocks[processes.rank :: processes.world_size]
+    labels = balanced_labels(blocks.size, model.num_classes)
+    if on_cpu:
         torch.set_num_threads(1)
 
     # Sample: every process its share of the images, into one memory-mapped file.
@@ -114,19 +123,23 @@ def sample(args: argparse.Namespace) -> None:
     try:
         barrier()
         images = np.lib.format.open_memmap(unfinished, mode="r+")
-        mine = np.array_split(np.arange(args.num_samples), processes.world_size)[processes.rank]
-        chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        steps = len(chunks) * config.sample.num_steps
+
+        def keep(block: np.ndarray, decoded: np.ndarray) -> None:
+            wanted = block < args.num_samples
+            images[block[wanted]] = decoded[wanted]
+
+        steps = len(mine) * config.sample.num_steps
         with progress(desc="sample", total=steps, unit="step") as bar, DecoderBeside(autoencoder) as decode:
-            for chunk in chunks:
-                y = torch.from_numpy(labels[chunk])
+            for block in mine:
+                y = torch.from_numpy(labels[block])
                 options = (config.sample, args.seed, autoencoder.bounded, bar.update)
-                latents = sample_latents(model, process, y, chunk.tolist(), *options)
-                decode(latents, partial(images.__setitem__, chunk))
+                latents = sample_latents(model, process, y, block.tolist(), *options)
+                decode(latents, partial(keep, block))
         images.flush()
         barrier()
         if processes.is_first:
             grid = Path(args.grid) if args.grid else out.with_suffix(".png")
+            labels = labels[: args.num_samples]
             write(out, unfinished, labels)
             with atomic_write(grid) as file:
                 Image.fromarray(class_rows(images, labels, max_rows=10, columns=12)).save(file, format="PNG")

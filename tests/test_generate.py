@@ -1,19 +1,39 @@
-"""Decoding beside sampling; what is compiled gives what is not."""
+"""Which images share a call; decoding beside sampling; what is compiled gives what is not."""
 
 import threading
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from switchdit import build_model
 from switchdit.diffusion.samplers import guided
 from switchdit.engine.compilation import check_compiler, compile_blocks, compile_model
-from switchdit.engine.generate import DecoderBeside
+from switchdit.engine.generate import DecoderBeside, cpu_block_size, image_blocks
 from switchdit.errors import UserError
 
 CPU = torch.device("cpu")
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 9))
+def test_blocks_hold_every_image_once_and_keep_no_process_waiting(num_images, max_size, world_size):
+    blocks = image_blocks(num_images, max_size, world_size)
+    assert blocks[blocks < num_images].tolist() == list(range(num_images))
+    assert blocks.shape[1] <= max_size
+    assert blocks.shape[1] == 1 or (blocks[-1] < num_images).any()
+    rounds = -(-num_images // (world_size * max_size))  # as few as can be
+    assert max(len(blocks[rank::world_size]) for rank in range(world_size)) == rounds
+
+
+@given(st.integers(1, 100_000))
+def test_on_a_cpu_16_processes_have_work(num_images):
+    blocks = image_blocks(num_images, cpu_block_size(num_images))
+    assert len(blocks) >= min(num_images, 16)
+    assert blocks.shape[1] == min(16, max(1, num_images // 16))
 
 
 class Doubler:

@@ -5,6 +5,7 @@ N = images, C = latent channels, h = latent size, H = image size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -147,6 +148,23 @@ class DecoderBeside:
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
     """Label of each image: all classes in turn, so that every class has its share."""
     return np.arange(num_images, dtype=np.int64) % num_classes
+
+
+def image_blocks(num_images: int, max_size: int, world_size: int = 1) -> np.ndarray:
+    """Which images are made in one call: (blocks, size), all of one size, so that a compiled model is compiled once.
+
+    Each process takes as many blocks as another, or one less. The size is the least that needs no more of them than
+    ``max_size`` does; the last block goes beyond ``num_images``, and what is made there is dropped.
+    """
+    rounds = math.ceil(num_images / (world_size * max_size))
+    size = math.ceil(num_images / (world_size * rounds))
+    blocks = math.ceil(num_images / size)
+    return np.arange(blocks * size).reshape(blocks, size)
+
+
+def cpu_block_size(num_images: int) -> int:
+    """For 16 processes to have work, or 16 images, from where on a call costs on a CPU what its images do."""
+    return max(1, min(16, num_images // 16))
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
