@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -15,6 +17,7 @@ from switchdit.ranks import launched_rank
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by the scheduler, all is saved; the same command resumes
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # what gloo, NCCL and torch's store report of it
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "Failed to recv")
 LOST_PEER_ERRORS = ("DistBackendError", "DistNetworkError")
@@ -47,13 +50,15 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     All processes of a launcher meet the same `UserError`: only rank 0 prints it. A full disk is told by the rank that
     met it; the others, which lose the connection to it, say so in a line and end with code 1. Where a watchdog runs,
     what a single rank meets is told once, by rank 0, and names that rank; a lost connection is told by the watchdog.
+    Where nobody reads the output any more, as after ``| head``, it ends as other programs do, with code 141.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         rank = launched_rank()
         try:
-            return main(*args, **kwargs)
+            main(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as mistake:
             _farewell(str(mistake), EXIT_USER_ERROR)
             end(str(mistake) if rank == 0 else None)
@@ -66,6 +71,9 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
                 print("interrupted", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
         except OSError as problem:
+            if isinstance(problem, BrokenPipeError) and _output_is_closed():
+                _farewell("nobody reads the output any more (broken pipe)", EXIT_BROKEN_PIPE)
+                sys.exit(EXIT_BROKEN_PIPE)
             if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
                 _end_of_ours(problem)
                 raise
@@ -83,6 +91,17 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             end(f"rank {rank} stops because another process has ended", code=1)
 
     return wrapped
+
+
+def _output_is_closed() -> bool:
+    """Whether it is standard output whose reader has gone; it leads nowhere then, so that Python can end in peace."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _farewell(reason: str, code: int) -> bool:

@@ -1,8 +1,12 @@
 """What a user sees of a mistake, of a full disk and of a lost process."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
+from launching import ROOT, environment
 
 from switchdit.errors import UserError, exit_on_user_error, nearest
 
@@ -49,6 +53,37 @@ def test_our_own_mistakes_keep_their_traceback(problem):
     with pytest.raises(type(problem)) as info:
         main()
     assert info.value is problem
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_is_no_mistake(lines):
+    """As ``| head`` does: met while printing or, where little is printed, only at the end."""
+    program = f"from switchdit.errors import exit_on_user_error as e; e(lambda: print('line\\n' * {lines}))()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    for unbuffered in ("", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=environment(PYTHONUNBUFFERED=unbuffered),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (141, "")
+    os.close(writing)
+
+
+def test_a_broken_pipe_of_another_kind_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+
+    @exit_on_user_error
+    def main():
+        raise BrokenPipeError(errno.EPIPE, "of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        main()
 
 
 def test_hints():
