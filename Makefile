@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/python tools/demo.py
 
 test: setup
-	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # what takes minutes: the metric protocol on a full-size network, a comparison of systems, more processes and precisions
 test-slow: setup

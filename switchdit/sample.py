@@ -9,6 +9,7 @@ deepspeed [launcher options] switchdit/sample.py --checkpoint RUN_DIR --out samp
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -73,7 +74,7 @@ def sample(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from switchdit.engine.compilation import check_compiler, compile_model
-    from switchdit.engine.engine import barrier, init_processes, leave
+    from switchdit.engine.engine import barrier, init_processes, leave, wait_long
     from switchdit.engine.generate import (
         DecoderBeside,
         balanced_labels,
@@ -81,6 +82,7 @@ def sample(args: argparse.Namespace) -> None:
         class_rows,
         cpu_block_size,
         image_blocks,
+        image_grid,
         sample_latents,
     )
     from switchdit.engine.objective import build_process
@@ -89,6 +91,7 @@ def sample(args: argparse.Namespace) -> None:
 
     # Validate and load.
     processes = init_processes()
+    wait_long()  # for processes that have a block more, or slower images
     load = load_run if args.checkpoint else load_published
     config, model, autoencoder = load(args, processes.device)
     check_sampling(config.sample, model.in_channels, model.num_timesteps, model.null_label is not None)
@@ -96,37 +99,37 @@ def sample(args: argparse.Namespace) -> None:
         check_compiler("sample.compile", system_of(config.model_name), processes.device)
         compile_model(model)
     process = build_process(config.diffusion, model.num_timesteps)
+
     # The last bits of an image depend on how many share a call with it, and on a CPU on the number of threads, which is
     # one there, so that any number of processes makes the same images.
     on_cpu = processes.device.type == "cpu"
     size = cpu_block_size(args.num_samples) if on_cpu else args.batch_size
     blocks = image_blocks(args.num_samples, size, world_size=1 if on_cpu else processes.world_size)
-    mine = blocks[processes.rank :: processes.world_size]
+    shares = np.array_split(blocks, processes.world_size)
+    counts = [int((share < args.num_samples).sum()) for share in shares]
+    mine = shares[processes.rank]
     labels = balanced_labels(blocks.size, model.num_classes)
     if on_cpu:
         torch.set_num_threads(1)
 
-    # Sample: every process its share of the images, into one memory-mapped file.
+    # Sample: every process its share of the images, into a file of its own.
     out = Path(args.out)
     make_folder(out.parent)
-    unfinished = out.parent / f".{out.name}.arr_0.partial"
-    size = model.input_size * autoencoder.downsampling
-    shape = (args.num_samples, size, size, 3)
+    parts = [out.parent / f".{out.name}.part_{rank:05d}" for rank in range(processes.world_size)]
+    side = model.input_size * autoencoder.downsampling
     if processes.is_first:
         print(
-            f"sampling {args.num_samples} images of {size}x{size} from {args.checkpoint or args.weights}: "
+            f"sampling {args.num_samples} images of {side}x{side} from {args.checkpoint or args.weights}: "
             f"{config.sample.sampler}, {config.sample.num_steps} steps, guidance {config.sample.cfg_scale}, "
             f"seed {args.seed}",
             flush=True,
         )
-        allocate(unfinished, shape)
     try:
-        barrier()
-        images = np.lib.format.open_memmap(unfinished, mode="r+")
+        images = allocate(parts[processes.rank], (counts[processes.rank], side, side, 3))
 
         def keep(block: np.ndarray, decoded: np.ndarray) -> None:
-            wanted = block < args.num_samples
-            images[block[wanted]] = decoded[wanted]
+            wanted = block[block < args.num_samples]
+            images[wanted - mine[0, 0]] = decoded[: len(wanted)]
 
         steps = len(mine) * config.sample.num_steps
         with progress(desc="sample", total=steps, unit="step") as bar, DecoderBeside(autoencoder) as decode:
@@ -135,18 +138,22 @@ def sample(args: argparse.Namespace) -> None:
                 options = (config.sample, args.seed, autoencoder.bounded, bar.update)
                 latents = sample_latents(model, process, y, block.tolist(), *options)
                 decode(latents, partial(keep, block))
-        images.flush()
+        if len(images):
+            images.flush()
         barrier()
         if processes.is_first:
             grid = Path(args.grid) if args.grid else out.with_suffix(".png")
-            labels = labels[: args.num_samples]
-            write(out, unfinished, labels)
+            labels, shape = labels[: args.num_samples], (side, side, 3)
+            write(out, parts, shape, labels)
+            chosen, columns = class_rows(labels, max_rows=10, columns=12)
             with atomic_write(grid) as file:
-                Image.fromarray(class_rows(images, labels, max_rows=10, columns=12)).save(file, format="PNG")
+                picture = image_grid(read(parts, shape, counts, chosen), columns)
+                Image.fromarray(picture).save(file, format="PNG")
             print(f"wrote {out} ({args.num_samples} images, arr_0 uint8, arr_1 labels) and {grid}")
+        barrier()
     finally:
-        if processes.is_first:
-            unfinished.unlink(missing_ok=True)
+        for part in parts if processes.is_first else [parts[processes.rank]]:
+            part.unlink(missing_ok=True)
     leave()
 
 
@@ -196,28 +203,49 @@ def load_published(args: argparse.Namespace, device: torch.device) -> tuple[Conf
     return config, model, autoencoder
 
 
-def allocate(path: Path, shape: tuple[int, ...]) -> None:
-    """A .npy file of zeros with all its blocks: a full disk is met here, not as a bus error when pages are written."""
+def allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a file with all its blocks: a full disk is met here, not as a bus error when pages are written."""
     import numpy as np
 
+    if not shape[0]:
+        path.touch()
+        return np.empty(shape, np.uint8)
     try:
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
     except OSError as problem:
         path.unlink(missing_ok=True)
         raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
-def write(out: Path, images: Path, labels: np.ndarray) -> None:
-    """ADM's format: the .npy file ``images`` as arr_0, ``labels`` as arr_1; without the time, so that bytes repeat."""
+def write(out: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray) -> None:
+    """ADM's format: the images of all parts as arr_0, ``labels`` as arr_1; without the time, so that bytes repeat."""
     import numpy as np
 
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
     with atomic_write(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member, open(images, "rb") as source:
-            shutil.copyfileobj(source, member, 2**20)
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for part in parts:
+                with open(part, "rb") as source:
+                    shutil.copyfileobj(source, member, 2**20)
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
             np.lib.format.write_array(member, labels)
+
+
+def read(parts: list[Path], shape: tuple[int, ...], counts: list[int], indices: np.ndarray) -> np.ndarray:
+    """Images by their number in the whole set, of which each part holds the next ``counts``."""
+    import numpy as np
+
+    starts = np.cumsum([0, *counts])
+    images = np.empty((len(indices), *shape), np.uint8)
+    for image, index in zip(images, indices, strict=True):
+        part = np.searchsorted(starts, index, side="right") - 1
+        image[:] = np.fromfile(parts[part], np.uint8, image.size, offset=(index - starts[part]) * image.size).reshape(
+            shape
+        )
+    return images
 
 
 if __name__ == "__main__":

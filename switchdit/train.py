@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # the launcher runs this as a file: import from t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from switchdit.config import Config, config_to_dict, load_config
-from switchdit.errors import EXIT_REQUEUE, UserError, exit_on_user_error
+from switchdit.errors import EXIT_REQUEUE, UserError, exit_on_user_error, run_and_end
 from switchdit.progress import outlive_terminal, progress, say
 from switchdit.stop_signals import note_stop_signals, stop_requested
 
@@ -67,6 +67,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         leave,
         on_gpu,
         set_optimizer,
+        wait_long,
     )
     from switchdit.engine.faults import Notices, SpikeDetector, Updates, compare_parameters, poisoned
     from switchdit.engine.generate import check_sampling, sample_grid
@@ -75,7 +76,14 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
     from switchdit.engine.objective import Objective, check_objective, time_distribution
     from switchdit.engine.optimizers import apex_fused_adam, described
     from switchdit.engine.ownership import Ownership
-    from switchdit.engine.run_directory import candidates, choose_start, put_aside, versions, write_run_files
+    from switchdit.engine.run_directory import (
+        candidates,
+        check_unchanged,
+        choose_start,
+        put_aside,
+        versions,
+        write_run_files,
+    )
     from switchdit.engine.watchdog import Watchdog
     from switchdit.files import sha256_of
     from switchdit.models import build_model, model_fields, parameter_counts, system_of
@@ -152,6 +160,7 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         write_run_files(config, deepspeed_config, processes.world_size)
     barrier()
     owner = Ownership(run_dir, processes.is_first)
+    agree(lambda: check_unchanged(config, resume, found) if processes.is_first else None)
     if processes.is_first:
         put_aside(start)
         remove_partial_checkpoints(run_dir / "checkpoints")
@@ -199,6 +208,8 @@ def train(config: Config, deepspeed_config_path: str, resume: str | None) -> Non
         if dispatch:
             print(dispatch, flush=True)
     updates = Updates(engine)
+    if config.faults.hang_timeout:
+        wait_long()  # the watchdog knows better
 
     def settle() -> None:
         """All that waits for whether the last step was skipped; before the next, and before anything is written."""
@@ -316,4 +327,4 @@ def due(every: int, step: int, last: bool) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

@@ -6,6 +6,23 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # one that is busy may stop for a moment
+settings.load_profile("any machine")
+
+# Of two workers none should be left with minutes of work when the other has nothing more to do.
+LONGEST = (
+    "demo",
+    "train",
+    "fault_campaign",
+    "sample",
+    "gradient_parity",
+    "nodes",
+    "faults",
+    "resharding",
+    "expert_mix_cuda",
+)
 
 CACHE = tempfile.TemporaryDirectory(prefix="switchdit-tests-")  # removed when Python ends
 
@@ -16,6 +33,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["SWITCHDIT_CACHE"] = CACHE.name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they come."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="module", autouse=True)

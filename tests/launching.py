@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,9 +16,13 @@ WORKERS = Path(__file__).parent / "workers"
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """For a launcher, which takes it seconds later: none of those that the system gives to others meanwhile."""
+    first = 15_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = first + secrets.randbelow(1_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def launch_command(num_processes: int, script: str | Path, *arguments: object) -> list[str]:
@@ -47,3 +54,23 @@ def launched(num_processes: int, script: str | Path, *arguments: object, timeout
         f"{done.args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     )
     return done
+
+
+def told_of_mistakes(program: str, command_lines: list[list[str]]) -> list[str]:
+    """The one line that switchdit/``program``.py prints before exit code 2, for each list of arguments."""
+    done = subprocess.run(
+        [sys.executable, WORKERS / "mistakes.py", program, json.dumps(command_lines)],
+        cwd=ROOT,
+        env=environment(MASTER_PORT=str(free_port())),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.rpartition("RESULTS")[2])
+    for end in ends:
+        assert end["code"] == 2, end["stderr"]
+        assert end["stderr"].startswith("error: ")
+        assert end["stderr"].count("\n") == 1, end["stderr"]
+    return [end["stderr"].rstrip() for end in ends]

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from switchdit.engine.checkpoint_folder import (
 from switchdit.engine.checkpoint_writer import SnapshotEngine, load_tensors, remove_folder, tensor_file, write_hashed
 from switchdit.engine.engine import init_processes
 from switchdit.engine.ownership import Ownership
+from switchdit.engine.run_directory import check_unchanged
 from switchdit.errors import FaultError, UserError
 from switchdit.files import atomic_write, sha256_of, write_json
 
@@ -154,6 +156,16 @@ def test_who_started_last_owns_the_run(run):
     assert (checkpoints.root / ".partial_of_the_second").is_dir()
 
 
+def test_an_earlier_start_that_still_writes_is_told(tmp_path):
+    config = SimpleNamespace(run_dir=str(tmp_path))
+    checkpoint = tmp_path / "checkpoints/step_0000003"
+    check_unchanged(config, "auto", [])
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(FaultError, match="was loading nothing: its newest checkpoint is step_0000003 now; start again"):
+        check_unchanged(config, "auto", [])
+    check_unchanged(config, "auto", [checkpoint])
+
+
 def test_a_folder_that_is_not_shared_is_told(run, monkeypatch):
     _, checkpoints = run()
     monkeypatch.setattr(ownership, "PATIENCE", 0.3)
@@ -223,8 +235,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch):
     engine.weight += 7  # the next steps
     assert checkpoints.writer.busy
     assert complete_checkpoints(checkpoints.root) == []
-    threading.Timer(0.3, hold.set).start()
     start = time.monotonic()
+    threading.Timer(0.3, hold.set).start()
     checkpoints.save(2, ABOUT, {})  # waits for the first
     assert time.monotonic() - start > 0.2
     checkpoints.finish()

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 import threading
 from collections import OrderedDict
 
@@ -158,6 +159,34 @@ def test_the_folder_gets_its_name_as_soon_as_the_last_list_is_there(tmp_path, mo
         assert writer.wait_until_written() is None
         writer.wait_until_finished()
     assert sorted(p.name for p in final.iterdir()) == ["0.pt", "1.pt"]
+
+
+def test_a_folder_that_was_deleted_and_made_again_is_not_waited_for(tmp_path):
+    """By a later start of the run, and then by a process of this one that had a file to write."""
+    partial, slow = tmp_path / "partial", threading.Event()
+    files = {1: {"slow.pt": lambda file: slow.wait() and file.write(b"slow") and None}}
+    first, second = write_by(2, partial, lambda files: pytest.fail("incomplete"), files)
+    assert first.wait_until_written() is None
+    shutil.rmtree(partial)
+    partial.mkdir()
+    first.wait_until_finished()
+    assert f"{partial} vanished while the checkpoint was written" in str(first.problem)
+    slow.set()
+    second.give_up()
+
+
+def test_what_counts_as_progress_is_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "SYNC_EVERY", 100)
+    synced, progress = [], []
+    monkeypatch.setattr(os, "fdatasync", lambda file: synced.append(os.fstat(file).st_size))
+    content = bytes(range(256)) * 2
+    entry = write_hashed(
+        tmp_path / "x", lambda file: [file.write(content[:30]), file.write(content[30:])], lambda: progress.append(1)
+    )
+    assert synced == [130, 230, 330, 430, 512]
+    assert len(progress) == 6
+    assert (tmp_path / "x").read_bytes() == content
+    assert entry == {"bytes": 512, "sha256": sha256_of(tmp_path / "x")}
 
 
 def test_a_writer_that_fails_keeps_the_checkpoint_from_its_name(tmp_path):

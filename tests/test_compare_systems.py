@@ -13,6 +13,7 @@ from PIL import Image
 
 from switchdit.errors import UserError
 from tools.compare_systems import keep_settings, means, report, run_config, settings
+from tools.compare_systems import main as compare
 from tools.digits import main as write_digits
 
 CONFIG = "switchdit/configs/cifar10_narrow.yaml"
@@ -82,14 +83,15 @@ def test_report(tmp_path, capsys):
         (["--data", "{data}", "--seeds", "x"], "config key 'train.seed' must be of type int"),
     ],
 )
-def test_mistakes(tmp_path, arguments, says):
+def test_mistakes(tmp_path, arguments, says, monkeypatch, capsys):
     for part in ("train", "test"):
         (tmp_path / "data" / part).mkdir(parents=True)
     arguments = [a.replace("{data}", str(tmp_path / "data")) for a in arguments]
-    command = [sys.executable, "tools/compare_systems.py", "--out", str(tmp_path / "out"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert says in done.stderr
+    monkeypatch.setattr(sys, "argv", ["compare_systems.py", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        compare()
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from launching import WORKERS, launched
 
 from switchdit.engine import engine
 from switchdit.engine.engine import agree, build_engine, check_same, told_by_all
@@ -86,3 +87,8 @@ def test_what_is_recorded_of_deepspeeds_config_is_what_was_given(monkeypatch):
         build_engine(torch.nn.Linear(1, 1), given)
     assert seen["optimizer"]["params"] == {"torch_adam": True, "fused": True}
     assert given == {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "bf16": {"enabled": True}}
+
+
+@pytest.mark.world_size(2)
+def test_collectives_wait_for_a_process_that_has_more_to_do():
+    launched(2, WORKERS / "wait_long.py")

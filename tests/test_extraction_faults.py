@@ -91,10 +91,11 @@ def kill_after(processes, out, shards, delay, limit=120):
     while finished(out) < goal and any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)  # here it is struck; the search for its workers takes longer than a shard
     relatives = family(processes)
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
     assert all(process.wait(30) in (-signal.SIGKILL, 0) for process in processes)
     _, orphans = psutil.wait_procs(relatives, timeout=30)
     assert not orphans
@@ -153,8 +154,10 @@ def test_dead_worker_ends_the_run_in_a_line(photos, tmp_path):
     deadline = time.monotonic() + 120
     while not finished(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
     relatives = family([process])
     having("spawn_main", relatives)[0].kill()
+    process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 2
     assert not psutil.wait_procs(relatives, timeout=30)[1]
     (line,) = (line for line in log.read_text().splitlines() if line.startswith("error:"))
@@ -168,8 +171,10 @@ def test_interrupt_ends_the_workers_without_a_traceback(photos, whole, tmp_path)
     deadline = time.monotonic() + 120
     while not finished(out) and time.monotonic() < deadline:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
     relatives = family([process])
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 130
     assert not psutil.wait_procs(relatives, timeout=30)[1]
     assert "interrupted; finished shards are kept" in log.read_text()

@@ -67,7 +67,7 @@ def recorder(tmp_path) -> dict[str, str]:
     shutil.copytree(ROOT / "launchers", copy / "launchers")
     restarts = copy / "launchers/restarts.sh"
     quick = restarts.read_text().replace("SECONDS_BEFORE_RESTART=5", "SECONDS_BEFORE_RESTART=0")
-    restarts.write_text(quick.replace("SECONDS_TO_SAVE=60", "SECONDS_TO_SAVE=1"))
+    restarts.write_text(quick.replace("SECONDS_TO_SAVE=60", "SECONDS_TO_SAVE=3"))
     return {"PATH": f"{folder}:{os.environ['PATH']}", "REPOSITORY": str(copy)}
 
 
@@ -319,7 +319,8 @@ def test_a_signal_before_there_are_workers_ends_the_launch(recorder, tmp_path):
     environment = clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", "RESTARTS": "3"})
     process = subprocess.Popen([launcher, "a.py", "--never"], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("+ deepspeed")
-    time.sleep(0.3)
+    while not children(process.pid, "--never"):
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 75
 

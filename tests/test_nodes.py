@@ -186,7 +186,7 @@ def test_two_machines_train_as_one_does_until_one_is_cut_off(tmp_path, latents, 
         assert f"rank {1 - number}" in told[0]
         assert "Traceback" not in result["output"]
         assert result["code"] == 1
-        assert peer_timeout / 2 < result["seconds"] < peer_timeout + 15
+        assert peer_timeout / 2 < result["seconds"] < peer_timeout + 30  # also on a machine with five times its work
     assert "parameters" not in results[1]["output"]  # rank 1 is local rank 0 of its machine, and does not speak
 
 

@@ -1,19 +1,15 @@
 """The training program as users start it: it learns, it resumes to the last bit, it refuses what cannot work."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from launching import ROOT, WORKERS, environment, free_port, launch_command, launched
+from fault_points import Fault
+from launching import WORKERS, launch, launched, told_of_mistakes
 from many_runs import Run, run_all_well
 from safetensors.torch import load_file
 from same_run import difference
@@ -79,23 +75,10 @@ def test_run_directory_and_tensorboard(uninterrupted):
 
 def test_killed_in_the_middle_and_resumed_is_the_uninterrupted_run(tmp_path, latents, uninterrupted):
     config = write_config(tmp_path / "c.yaml", latents, tmp_path / "run")
-    command = launch_command(2, TRAIN, "--config", config, "--deepspeed_config", FP32, "--resume", "auto")
-    log = tmp_path / "run/log.jsonl"
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (log.exists() and '"step": 6' in log.read_text()):
-            assert process.poll() is None, "it ended by itself"
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-KILL", "-f", str(config)], check=False)  # workers have sessions of their own
-    time.sleep(0.5)
+    fault = Fault("optimizer step", rank=0, count=2 * 7, to_all=True)  # experts' and the others' parameters: step 7
+    variables = {"FAULT_FOLDER": str(tmp_path), "FAULT_RUN_DIR": str(tmp_path / "run"), "FAULT": fault.to_json()}
+    arguments = ["--config", config, "--deepspeed_config", FP32, "--resume", "auto"]
+    assert launch(2, WORKERS / "faulty_train.py", *arguments, **variables).returncode
     interrupted = read_log(tmp_path / "run")
     assert 6 in interrupted and 12 not in interrupted
     checkpoints = tmp_path / "run/checkpoints"
@@ -191,22 +174,7 @@ def test_it_learns_in_bfloat16_as_in_float32(tmp_path, latents, precision):
 def fails(config: Path, *command_lines: list[str]) -> list[str]:
     """The one line that a single process prints before exit code 2, for each list of arguments."""
     base = ["--config", str(config), "--deepspeed_config", FP32]
-    lines = [json.dumps([[*base, *arguments] for arguments in command_lines])]
-    done = subprocess.run(
-        [sys.executable, WORKERS / "mistakes.py", *lines],
-        cwd=ROOT,
-        env=environment(MASTER_PORT=str(free_port())),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    ends = json.loads(done.stdout.rpartition("RESULTS")[2])
-    for end in ends:
-        assert end["code"] == 2, end["stderr"]
-        assert end["stderr"].startswith("error: ")
-        assert end["stderr"].count("\n") == 1, end["stderr"]
-    return [end["stderr"].rstrip() for end in ends]
+    return told_of_mistakes("train", [[*base, *arguments] for arguments in command_lines])
 
 
 MISTAKES = [

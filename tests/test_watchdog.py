@@ -25,15 +25,15 @@ from switchdit.engine.verdicts import GRACE, SETTLE, Rank, judge
 from switchdit.engine.watchdog import Watchdog
 from switchdit.errors import FaultError, UserError, exit_on_user_error
 
-HANG, PEER = 3.0, 2.0  # seconds of timeout
+HANG, PEER = 5.0, 4.0  # seconds of timeout
 FULL = "no space left on the disk that holds /d/f; nothing half-written was kept"
 SPARE = 3.0  # seconds that a busy machine may need beyond what is promised
 
 WHO = r"error: rank {} \(host \S+, pid {}\) "
 ENDED = WHO + r"ended without a word; last seen in step \d, forward"
-SILENT = WHO + r"has given no sign of life for 2 s; last seen in step \d, forward"
+SILENT = WHO + r"has given no sign of life for 4 s; last seen in step \d, forward"
 PLACE = r"step 5, forward, at tests/workers/watchdog\.py:\d+ {}"
-HANGS = WHO + r"has made no progress for 3 s: " + PLACE + "; the others wait for it"
+HANGS = WHO + r"has made no progress for 5 s: " + PLACE + "; the others wait for it"
 
 # What befalls which rank of how many; the codes of all ranks; who tells it; what; the seconds until all have ended.
 # A stopped rank ends only when the test kills it.
@@ -50,7 +50,7 @@ FAULTS = {
         ("receive", "all", 3),
         [1, 1, 1],
         [0],
-        r"error: no progress for 3 s of any rank, all wait for each other: ranks 0-2 in step 5, forward, "
+        r"error: no progress for 5 s of any rank, all wait for each other: ranks 0-2 in step 5, forward, "
         r"at tests/workers/watchdog\.py:\d+ everyone_receives",
         HANG + 2,
     ),

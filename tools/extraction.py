@@ -33,7 +33,7 @@ from switchdit.random_streams import random_stream
 if TYPE_CHECKING:
     from switchdit.data.autoencoder import Autoencoder
 
-PATIENCE = 600  # seconds without a sign of life from the other processes until rank 0 gives up
+PATIENCE = 3600  # seconds without a sign of life from the other processes, one a batch, until rank 0 gives up
 
 # b = images of a batch, V = views, (C, h, w) = latent_shape, S = pixels of a side
 
@@ -166,7 +166,7 @@ def wait_for_others(job: Job) -> list[dict[str, Any]]:
             bar.update(bar.total - len(missing) - bar.n)
             signs = [len(missing)]
             for path in sorted(job.out.glob(".rank_*.alive")):
-                with contextlib.suppress(FileNotFoundError):  # its process has just finished
+                with contextlib.suppress(OSError):  # its process has just finished
                     signs.append(path.read_text())
             if signs != last:
                 last, since = signs, time.monotonic()

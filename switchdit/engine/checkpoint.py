@@ -159,8 +159,8 @@ class Checkpoints:
             raise
 
     def _remove_partial(self) -> None:
-        """On one process, unless the folder is another run's by now."""
-        with contextlib.suppress(UserError):
+        """On one process, unless the folder is another run's by now, or cannot be written: why is told already."""
+        with contextlib.suppress(UserError, OSError):
             if self.rank == 0:
                 if self.owner:
                     self.owner.check()
@@ -172,6 +172,7 @@ class Checkpoints:
             if not self.keep_every or step_of(path) % self.keep_every:
                 try:
                     remove_folder(path)
+                    self.writer.made_progress()
                 except OSError as problem:  # such as a file that somebody has open on a network's disk
                     say(f"checkpoint {path.name}, no longer to be kept, cannot be removed: {problem.strerror}")
 

@@ -47,12 +47,15 @@ def complete_checkpoints(root: str | os.PathLike) -> list[Path]:
 
 
 def remove_partial_checkpoints(root: str | os.PathLike) -> None:
-    """Delete what an interrupted save or removal left behind. Call on one rank, before training."""
+    """Delete what an interrupted save or removal left behind. Call on one rank, before training.
+
+    A run that was thought dead, and whose folder this was, may still be writing there until it notices.
+    """
     for pattern in (f"{PARTIAL}*", f"{REMOVING}*"):
         for left_over in Path(root).glob(pattern):
-            shutil.rmtree(left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
     for left_over in Path(root).glob(".*.partial"):  # of `latest`
-        left_over.unlink()
+        left_over.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:

@@ -30,6 +30,7 @@ from switchdit.errors import FaultError, UserError
 from switchdit.files import DISK_FULL, atomic_write, sync_directory, write_json
 
 REMOVING = ".removing_"
+SYNC_EVERY = 1 << 26  # bytes, so that what counts as progress is on the disk, and the last fsync has little to wait for
 POLL = 0.05  # seconds between looks for the other processes' lists
 
 # All that DeepSpeed's files hold besides tensors, numbers and containers
@@ -132,20 +133,27 @@ def tensor_file(state: dict[str, Any]) -> Write:
 class _HashingFile:
     """A file that knows its bytes' number and SHA-256, and the error of a failed write, which torch.save hides."""
 
-    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] = lambda _: None):
+    def __init__(self, file: IO[bytes], on_progress: Callable[[], None] = lambda: None):
         self.file, self.digest, self.size, self.problem = file, hashlib.sha256(), 0, None
-        self.on_bytes = on_bytes
+        self.on_progress = on_progress
 
     def write(self, data: bytes) -> int:
         try:
-            self.file.write(data)
+            for start in range(0, len(data), SYNC_EVERY):
+                self._write(memoryview(data)[start : start + SYNC_EVERY])
         except OSError as problem:
             self.problem = problem
             raise
-        self.digest.update(data)
-        self.size += len(data)
-        self.on_bytes(len(data))
         return len(data)
+
+    def _write(self, data: memoryview) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        before, self.size = self.size, self.size + len(data)
+        if self.size // SYNC_EVERY > before // SYNC_EVERY:
+            self.file.flush()
+            os.fdatasync(self.file.fileno())
+        self.on_progress()
 
     def flush(self) -> None:
         self.file.flush()
@@ -155,7 +163,7 @@ class CheckpointWriter:
     """Writes this process's part of one checkpoint at a time, on a thread.
 
     Args:
-        on_progress: called by whoever waits for this, now and then, as long as bytes are written.
+        on_progress: called by whoever waits for this, now and then, as long as it gets on.
 
     Attributes:
         problem: why the last checkpoint could not be written, a `UserError` or `FaultError`; None while all is well.
@@ -164,7 +172,7 @@ class CheckpointWriter:
     def __init__(self, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None):
         self.rank, self.world_size, self.on_progress = rank, world_size, on_progress
         self.problem: UserError | FaultError | None = None
-        self.bytes_written = 0
+        self._progress = 0
         self._thread, self._written, self._given_up = None, threading.Event(), threading.Event()
 
     def start(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
@@ -186,18 +194,13 @@ class CheckpointWriter:
 
     def wait_until_written(self) -> UserError | FaultError | None:
         """Wait for this process's files. Returns what went wrong."""
-        seen = self.bytes_written
-        while self._thread is not None and not self._written.wait(timeout=1.0):
-            if self.bytes_written > seen:
-                seen = self.bytes_written
-                self.on_progress()
+        self._wait(lambda: self._written.wait(timeout=1.0))
         return self.problem
 
     def wait_until_finished(self) -> None:
         """Wait for the checkpoint to be whole; all processes must have written their files without a problem."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._wait(lambda: self._thread.join(timeout=1.0) or not self._thread.is_alive())
+        self._thread = None
 
     def give_up(self) -> None:
         """Stop waiting for processes that cannot write their part; the problem has been told."""
@@ -207,7 +210,7 @@ class CheckpointWriter:
 
     def _run(self, partial: Path, files: dict[str, Write], finish: Callable[[dict[str, Any]], None]) -> None:
         try:
-            done = {name: write_hashed(partial / name, write, self._count) for name, write in files.items()}
+            done = {name: write_hashed(partial / name, write, self.made_progress) for name, write in files.items()}
             self._list(partial, done)
             self._written.set()
             if self.rank == 0 and (everything := self._gather(partial)) is not None:
@@ -217,8 +220,16 @@ class CheckpointWriter:
         finally:
             self._written.set()
 
-    def _count(self, number: int) -> None:
-        self.bytes_written += number
+    def made_progress(self) -> None:
+        """Something has been written or removed; called on the thread."""
+        self._progress += 1
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        seen = self._progress
+        while self._thread is not None and not is_done():
+            if self._progress > seen:
+                seen = self._progress
+                self.on_progress()
 
     def _list(self, partial: Path, done: dict[str, Any]) -> None:
         """Leave the list of this process's files.
@@ -232,7 +243,9 @@ class CheckpointWriter:
 
     def _gather(self, partial: Path) -> dict[str, Any] | None:
         names = {_list_name(rank) for rank in range(self.world_size)}
-        while not names <= set(os.listdir(partial)):
+        while not names <= (there := set(os.listdir(partial))):
+            if _list_name(self.rank) not in there:  # somebody deleted the folder, and another process made it again
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(partial))
             if self._given_up.wait(POLL):
                 return None
         everything = {}
@@ -247,10 +260,10 @@ def _list_name(rank: int) -> str:
     return f"files_of_rank_{rank:05d}.json"
 
 
-def write_hashed(path: Path, write: Write, on_bytes: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-    """Write a file atomically; returns its ``bytes`` and ``sha256``. ``on_bytes`` hears of every write."""
+def write_hashed(path: Path, write: Write, on_progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write a file atomically; returns its ``bytes`` and ``sha256``. ``on_progress`` is called after every write."""
     with atomic_write(path) as file:
-        hashing = _HashingFile(file, on_bytes)
+        hashing = _HashingFile(file, on_progress)
         write(hashing)
     return {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
 

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import deepspeed
@@ -40,6 +41,8 @@ from switchdit.errors import FaultError, UserError
 from switchdit.ranks import RANK_VARIABLES, rank_variables
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=30)  # in which all processes must have been started
+PATIENCE = timedelta(days=2)
 # how messages of DeepSpeed and PyTorch begin that say why an operator cannot be compiled or loaded
 OF_COMPILING = ("Error building extension", "Unable to JIT load", "Unable to load", "DeepSpeed JIT builder")
 
@@ -93,8 +96,18 @@ def init_processes() -> Processes:
     device = torch.device(accelerator.device_name(local_rank))
     accelerator.set_device(local_rank)
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=MEETING)
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def wait_long() -> None:
+    """Have collectives of all groups there are wait for days, where one process may have much more to do than others.
+
+    PyTorch gives up after 10 minutes with NCCL and 30 with gloo: too soon for others than the one that draws a picture
+    or writes a checkpoint. Dead and hung processes are the watchdog's, or the launcher's, to find.
+    """
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
 
 def reduce_together(engine: deepspeed.DeepSpeedEngine) -> None:

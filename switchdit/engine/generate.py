@@ -178,12 +178,14 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return picture
 
 
-def class_rows(images: np.ndarray, labels: np.ndarray, max_rows: int, columns: int) -> np.ndarray:
-    """A grid with one row for each of the first ``max_rows`` classes, ``columns`` images or as many as each has."""
+def class_rows(labels: np.ndarray, max_rows: int, columns: int) -> tuple[np.ndarray, int]:
+    """Which images make a grid with one row for each of the first ``max_rows`` classes, and its number of columns.
+
+    That is ``columns``, or as many images as each of these classes has.
+    """
     classes = np.unique(labels)[:max_rows]
     columns = min([columns, *(int((labels == c).sum()) for c in classes)])
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes])
-    return image_grid(images[chosen], columns)
+    return np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes]), columns
 
 
 def sample_grid(

@@ -18,7 +18,7 @@ from switchdit.errors import UserError
 from switchdit.files import write_json
 
 FILE = "owner.json"
-PATIENCE = 30.0  # seconds until a network's file system must have shown what another machine wrote
+PATIENCE = 150.0  # seconds until a network's file system must have shown what another machine wrote; NFS takes up to 60
 
 
 class Ownership:

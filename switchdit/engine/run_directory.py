@@ -24,7 +24,7 @@ import switchdit
 from switchdit.config import Config, config_to_dict
 from switchdit.engine.checkpoint_folder import checkpoint_folders, damage, find_checkpoint, read_state
 from switchdit.engine.engine import agree, told_by_all
-from switchdit.errors import UserError, without_passwords
+from switchdit.errors import FaultError, UserError, without_passwords
 from switchdit.files import atomic_write, check_writable, write_json
 from switchdit.progress import say
 
@@ -101,6 +101,16 @@ def choose_start(config: Config, found: list[Path], resume: str | None) -> Start
     return Start()
 
 
+def check_unchanged(config: Config, resume: str | None, found: list[Path]) -> None:
+    """Raise `FaultError` if the run's checkpoints are others than those ``found`` before; on the first process."""
+    if (now := candidates(config, resume)) != found:
+        newest = now[0].name if now else "none"
+        raise FaultError(
+            f"an earlier start of the run still wrote into '{config.run_dir}' while this one was loading "
+            f"{found[0].name if found else 'nothing'}: its newest checkpoint is {newest} now; start again"
+        )
+
+
 def put_aside(start: Start) -> None:
     """Rename damaged checkpoints of a run, so that their names are free again; on the first process."""
     for path, problem in start.damaged:
@@ -129,7 +139,7 @@ def versions() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match", ""]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"
     return {

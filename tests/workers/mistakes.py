@@ -1,9 +1,10 @@
-"""Run switchdit/train.py in this one process with each command line of a JSON list; print what each ended in.
+"""Run switchdit/{train,sample}.py in this one process with each command line of a JSON list; print how each ended.
 
 A process for each would cost seconds of imports.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -11,11 +12,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from switchdit.train import main
-
-results = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", *arguments]
+name, command_lines = sys.argv[1], json.loads(sys.argv[2])
+main, results = importlib.import_module(f"switchdit.{name}").main, []
+for arguments in command_lines:
+    sys.argv = [f"{name}.py", *arguments]
     printed, code = io.StringIO(), 0
     with contextlib.redirect_stderr(printed):
         try:

@@ -78,7 +78,7 @@ def main(fault: str, rank: str, hang_timeout: float, peer_timeout: float, fault_
             Path(fault_file).write_text(str(time.monotonic()))
             FAULTS[fault]()
         if fault == "slow" and step < 4 and processes.rank == step % processes.world_size:
-            time.sleep(0.7 * hang_timeout)  # the others wait, and together they wait longer than hang_timeout
+            time.sleep(0.5 * hang_timeout)  # the others wait, and together they wait longer than hang_timeout
         if processes.rank == 2:
             dist.all_reduce(torch.ones(1000), async_op=True).wait()
         else:
