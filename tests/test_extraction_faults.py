@@ -50,7 +50,7 @@ def start(command, log, **variables):
         return subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env=environment(**variables),
+            env=environment(TMPDIR=str(log.parent), **variables),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -99,6 +99,7 @@ def kill_after(processes, out, shards, delay, limit=120):
     assert all(process.wait(30) in (-signal.SIGKILL, 0) for process in processes)
     _, orphans = psutil.wait_procs(relatives, timeout=30)
     assert not orphans
+    assert not list(out.parent.glob("switchdit-images-*"))
 
 
 @pytest.mark.parametrize(("world_size", "workers", "kills"), [(1, 1, 3), (2, 0, 1)])

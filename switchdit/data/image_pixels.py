@@ -6,12 +6,15 @@ besides, EXIF orientation is honoured.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import struct
+import tempfile
 import threading
 import warnings
 import zlib
@@ -128,17 +131,30 @@ def read_images(
 
     workers: processes that read and decode; 0 to do it in this one. ahead: images at most that are under way or
     waiting to be taken. Raises `UserError` when a worker process dies.
+
+    Pixels come through a temporary file, so that a worker's answer is less than a pipe takes at once: of a
+    larger one a worker that is killed leaves half, and whoever reads it waits for the rest for ever.
     """
     if workers == 0:
         yield from (_load(source.reader(index), size) for index in indices)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_up_worker)
-    indices = iter(indices)
+    slots = _allocate_slots((ahead, size, size, 3))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _set_up_worker, (slots.filename, slots.shape))
+    indices, waiting = iter(indices), deque()
+
+    def begin(slot: int) -> None:
+        for index in islice(indices, 1):
+            waiting.append((slot, pool.submit(_load_into, slot, source.reader(index), size)))
+
     try:
-        waiting = deque(pool.submit(_load, source.reader(index), size) for index in islice(indices, ahead))
+        for slot in range(ahead):
+            begin(slot)
         while waiting:
-            image = waiting.popleft().result()
-            waiting.extend(pool.submit(_load, source.reader(index), size) for index in islice(indices, 1))
+            slot, future = waiting.popleft()
+            problem = future.result()
+            image = problem or slots[slot].copy()
+            begin(slot)
             yield image
     except BrokenProcessPool as problem:
         raise UserError(
@@ -147,6 +163,7 @@ def read_images(
         ) from problem
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        os.unlink(slots.filename)
 
 
 def read_all_images(source: ImageSource, size: int) -> np.ndarray:
@@ -171,12 +188,38 @@ def _load(read: Callable[[], bytes], size: int) -> np.ndarray | UnreadableImage:
         return UnreadableImage(str(problem))
 
 
-def _set_up_worker() -> None:
+def _allocate_slots(shape: tuple[int, ...]) -> np.memmap:
+    """Zeros in a temporary file with all its blocks: a full disk is met here, not as a bus error of a worker."""
+    descriptor, path = tempfile.mkstemp(prefix="switchdit-images-")
+    try:
+        os.posix_fallocate(descriptor, 0, math.prod(shape))
+    except OSError as problem:
+        os.unlink(path)
+        raise OSError(problem.errno, problem.strerror, path) from problem
+    finally:
+        os.close(descriptor)
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _load_into(slot: int, read: Callable[[], bytes], size: int) -> UnreadableImage | None:
+    """Of a worker: the image is left in its slot, or why there is none is returned, in 1,000 characters at most."""
+    image = _load(read, size)
+    if isinstance(image, UnreadableImage):
+        return UnreadableImage(str(image)[:1000])
+    _slots[slot] = image
+    return None
+
+
+def _set_up_worker(path: str, shape: tuple[int, ...]) -> None:
+    global _slots
+    _slots = np.memmap(path, np.uint8, "r+", shape=shape)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(path,), daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """A killed parent tells nobody, and its workers would wait for work for ever."""
+def _leave_with_parent(path: str) -> None:
+    """A killed parent tells nobody: its workers would wait for work for ever, and its file would stay."""
     multiprocessing.parent_process().join()
+    with contextlib.suppress(OSError):
+        os.unlink(path)
     os._exit(1)
