@@ -6,12 +6,16 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from switchdit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -72,6 +76,22 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def allocate(path: str | os.PathLike, shape: tuple[int, ...]) -> np.ndarray:
+    """A uint8 array in a file with all its blocks: a full disk is met here, not as a bus error later."""
+    import numpy as np
+
+    if not math.prod(shape):
+        Path(path).touch()
+        return np.empty(shape, np.uint8)
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+    except OSError as problem:
+        Path(path).unlink(missing_ok=True)
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:

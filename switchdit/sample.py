@@ -9,8 +9,6 @@ deepspeed [launcher options] switchdit/sample.py --checkpoint RUN_DIR --out samp
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import shutil
 import sys
 import zipfile
@@ -23,7 +21,7 @@ if __package__ in (None, ""):  # the launcher runs this as a file: import from t
 
 from switchdit.config import Config, config_from_dict, load_config
 from switchdit.errors import UserError, exit_on_user_error
-from switchdit.files import atomic_write, make_folder
+from switchdit.files import allocate, atomic_write, make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,22 +199,6 @@ def load_published(args: argparse.Namespace, device: torch.device) -> tuple[Conf
     load_reference_checkpoint(model, args.weights, args.which)
     model = model.to(device, getattr(torch, config.sample.dtype)).eval().requires_grad_(False)
     return config, model, autoencoder
-
-
-def allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An array in a file with all its blocks: a full disk is met here, not as a bus error when pages are written."""
-    import numpy as np
-
-    if not shape[0]:
-        path.touch()
-        return np.empty(shape, np.uint8)
-    try:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-    except OSError as problem:
-        path.unlink(missing_ok=True)
-        raise OSError(problem.errno, problem.strerror, str(path)) from problem
-    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
 def write(out: Path, parts: list[Path], shape: tuple[int, ...], labels: np.ndarray) -> None:

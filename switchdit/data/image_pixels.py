@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -31,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 from switchdit.data.image_source import ImageSource
 from switchdit.errors import UserError
+from switchdit.files import allocate
 from switchdit.progress import progress
 
 # Other formats are not even tried: Pillow would start Ghostscript for a PostScript file, whatever its name.
@@ -138,9 +138,11 @@ def read_images(
     if workers == 0:
         yield from (_load(source.reader(index), size) for index in indices)
         return
-    slots = _allocate_slots((ahead, size, size, 3))
+    descriptor, path = tempfile.mkstemp(prefix="switchdit-images-")
+    os.close(descriptor)
+    slots = allocate(path, (ahead, size, size, 3))
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _set_up_worker, (slots.filename, slots.shape))
+    pool = ProcessPoolExecutor(workers, context, _set_up_worker, (path, slots.shape))
     indices, waiting = iter(indices), deque()
 
     def begin(slot: int) -> None:
@@ -163,7 +165,7 @@ def read_images(
         ) from problem
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        os.unlink(slots.filename)
+        os.unlink(path)
 
 
 def read_all_images(source: ImageSource, size: int) -> np.ndarray:
@@ -186,19 +188,6 @@ def _load(read: Callable[[], bytes], size: int) -> np.ndarray | UnreadableImage:
         return UnreadableImage(problem.strerror or str(problem))
     except (ValueError, zlib.error) as problem:
         return UnreadableImage(str(problem))
-
-
-def _allocate_slots(shape: tuple[int, ...]) -> np.memmap:
-    """Zeros in a temporary file with all its blocks: a full disk is met here, not as a bus error of a worker."""
-    descriptor, path = tempfile.mkstemp(prefix="switchdit-images-")
-    try:
-        os.posix_fallocate(descriptor, 0, math.prod(shape))
-    except OSError as problem:
-        os.unlink(path)
-        raise OSError(problem.errno, problem.strerror, path) from problem
-    finally:
-        os.close(descriptor)
-    return np.memmap(path, np.uint8, "r", shape=shape)
 
 
 def _load_into(slot: int, read: Callable[[], bytes], size: int) -> UnreadableImage | None:
