@@ -61,6 +61,7 @@ def prepare() -> None:
     import switchdit.engine.run_directory
     import switchdit.engine.watchdog
     import switchdit.models
+    import switchdit.sample
     import switchdit.train  # noqa: F401
 
     torch.set_num_threads(1)
@@ -79,7 +80,7 @@ def run_forked(config: Path, run_dir: Path, folder: Path, fault: Fault | None, r
     pids = [
         fork_rank(
             rank, WORLD_SIZE, port, arguments(config, resume), outputs[rank],
-            lambda: fault_points.plant(folder, run_dir, fault),
+            before=lambda: fault_points.plant(folder, run_dir, fault),
         )
         for rank in range(WORLD_SIZE)
     ]  # fmt: skip
@@ -93,9 +94,10 @@ def fork_rank(
     port: int,
     argv: list[str],
     output: Path,
+    program: str = "train",
     before: Callable[[], object] = lambda: None,
 ) -> int:
-    """What a launcher and Python do for a process of switchdit/train.py, in one just forked: its process id.
+    """What a launcher and Python do for a process of switchdit/``program``.py, in one just forked: its process id.
 
     ``before`` runs there first; ``output`` gets what it prints.
     """
@@ -109,9 +111,9 @@ def fork_rank(
         os.chdir(ROOT)
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.argv = ["switchdit/train.py", *argv]
+        sys.argv = [f"switchdit/{program}.py", *argv]
         before()
-        sys.modules["switchdit.train"].main()
+        sys.modules[f"switchdit.{program}"].main()
         code = 0
     except SystemExit as leaving:
         code = leaving.code

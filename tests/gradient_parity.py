@@ -1,13 +1,15 @@
 """How far gradients, norms, losses and parameters of any way to train are from a plain loop in one process: a table.
 
-python tests/gradient_parity.py             all combinations in all topologies, one launch each
-python tests/gradient_parity.py --sample    every pair of settings at least once
+python tests/gradient_parity.py                   all combinations in all topologies, one launch each
+python tests/gradient_parity.py --topology 4 2    on 4 processes with ep_size 2 alone; may be given several times
+python tests/gradient_parity.py --sample          every pair of settings at least once
 
 Ends with code 1 where a row is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -149,12 +151,25 @@ def key(how: Combination) -> tuple:
     return tuple(how.values())
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", action="store_true", help="every pair of settings at least once")
+    parser.add_argument("--topology", nargs=2, type=int, action="append", metavar=("PROCESSES", "EP_SIZE"))
+    args = parser.parse_args()
+    args.topology = [tuple(topology) for topology in args.topology or TOPOLOGIES]
+    for topology in args.topology:
+        if topology not in TOPOLOGIES:
+            parser.error(f"--topology {topology[0]} {topology[1]} is none of {TOPOLOGIES}")
+    return args
+
+
 def main() -> int:
+    args = arguments()
     table, wrong, total, start = Table(), 0, 0, time.monotonic()
     print(line(HEAD), flush=True)
-    for topology in TOPOLOGIES:
+    for topology in args.topology:
         wanted = combinations(topology[1])
-        rows = table.rows(topology, covering(wanted) if "--sample" in sys.argv else wanted)
+        rows = table.rows(topology, covering(wanted) if args.sample else wanted)
         print("\n".join(map(str, rows)), flush=True)
         wrong, total = wrong + sum(not row.is_right for row in rows), total + len(rows)
     print(f"{total} rows, {wrong} wrong; {time.monotonic() - start:.0f} s")

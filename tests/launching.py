@@ -26,6 +26,9 @@ def free_port() -> int:
 
 
 def launch_command(num_processes: int, script: str | Path, *arguments: object) -> list[str]:
+    """With the deepspeed launcher; one process needs none."""
+    if num_processes == 1:
+        return [sys.executable, str(script), *map(str, arguments)]
     launcher = str(Path(sys.executable).parent / "deepspeed")
     options = ["--num_accelerators", str(num_processes), "--master_port", str(free_port())]
     return [launcher, *options, str(script), *map(str, arguments)]

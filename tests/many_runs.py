@@ -1,10 +1,11 @@
-"""Many training runs from one import of torch and DeepSpeed: each starts in a tenth of a second instead of some."""
+"""Many programs from one import of torch and DeepSpeed: each starts in a tenth of a second instead of some."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,19 @@ class Run(NamedTuple):
     config: Path
     deepspeed: Path | str = "ds_configs/zero2_fp32.json"
     more: tuple[str, ...] = ()
+    program = "train"
+
+    @property
+    def argv(self) -> list[str]:
+        return ["--config", str(self.config), "--deepspeed_config", str(self.deepspeed), *self.more]
+
+
+class Sampling(NamedTuple):
+    """Arguments of switchdit/sample.py, on one CPU process."""
+
+    argv: list[str]
+    processes = 1
+    program = "sample"
 
 
 class Ended(NamedTuple):
@@ -25,7 +39,7 @@ class Ended(NamedTuple):
     output: str
 
 
-def run_all(folder: Path, runs: dict[str, Run], timeout: float = 600) -> dict[str, Ended]:
+def run_all(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 600) -> dict[str, Ended]:
     """One run after the other; exit codes of all ranks, and what they printed."""
     todo = [_described(run, folder / f"{name}.txt") for name, run in runs.items()]
     (folder / "runs.json").write_text(json.dumps(todo))
@@ -43,12 +57,11 @@ def run_all(folder: Path, runs: dict[str, Run], timeout: float = 600) -> dict[st
     return {name: Ended(code, (folder / f"{name}.txt").read_text()) for name, code in zip(runs, codes, strict=True)}
 
 
-def run_all_well(folder: Path, runs: dict[str, Run], timeout: float = 600) -> None:
+def run_all_well(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 600) -> None:
     """As `run_all`, and every rank must end with 0."""
     for name, ended in run_all(folder, runs, timeout).items():
         assert not any(ended.codes), (name, ended.codes, ended.output[-3000:])
 
 
-def _described(run: Run, output: Path) -> dict[str, Any]:
-    argv = ["--config", str(run.config), "--deepspeed_config", str(run.deepspeed), *run.more]
-    return {"world_size": run.processes, "argv": argv, "output": str(output)}
+def _described(run: Run | Sampling, output: Path) -> dict[str, Any]:
+    return {"program": run.program, "world_size": run.processes, "argv": run.argv, "output": str(output)}

@@ -17,8 +17,8 @@ from switchdit.engine.checkpoint_writer import load_tensors
 def difference(ours: Path, theirs: Path, checkpoint: str) -> str | None:
     """The first thing in which two runs' folders differ in log and checkpoint; None where they are equal.
 
-    Compared are all tensors and values of the checkpoint's files; of ``state.json`` all but paths and checksums, which
-    must be right.
+    Compared are all tensors and values of the checkpoint's files; of ``state.json`` all but paths, checksums, which
+    must be right, and the version of the code, which somebody may edit meanwhile.
     """
     a, b = (folder / "checkpoints" / checkpoint for folder in (ours, theirs))
     for folder in (a, b):
@@ -40,6 +40,7 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         content = json.loads(path.read_text())
         del content["sha256"], content["files"], content["config"]["run_dir"], content["config"]["data"]["latents"]
+        content.pop("version", None)
         return content
     return load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from launching import ROOT, environment, launched, told_of_mistakes
+from many_runs import Sampling, run_all_well
 from PIL import Image
 
 from switchdit.engine import checkpoint_folder
@@ -61,18 +62,25 @@ def trained(folder: Path, latents: Path, **sections: dict) -> Path:
     return folder / "run"
 
 
-def samples(
-    run: Path, name: str, num_processes: int = 1, *arguments: object, threads: int = 1
-) -> dict[str, np.ndarray]:
-    out = run / f"{name}.npz"
-    command = ["switchdit/sample.py", "--checkpoint", run, "--out", out, "--num-samples", NUM_IMAGES, *arguments]
-    if num_processes > 1:
-        launched(num_processes, *command)
-    else:  # one process needs no launcher
-        alone = environment(OMP_NUM_THREADS=str(threads))
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=alone, check=True, capture_output=True)
-    with np.load(out) as file:
+def options(run: Path, name: str, *more: object) -> list[str]:
+    source = more if "--weights" in more else ["--checkpoint", run, *more]
+    return [str(word) for word in [*source, "--out", run / f"{name}.npz", "--num-samples", NUM_IMAGES]]
+
+
+def read(run: Path, name: str) -> dict[str, np.ndarray]:
+    with np.load(run / f"{name}.npz") as file:
         return dict(file)
+
+
+def samples(run: Path, name: str, num_processes: int, *more: object, **variables: str) -> dict[str, np.ndarray]:
+    launched(num_processes, "switchdit/sample.py", *options(run, name, *more), **variables)
+    return read(run, name)
+
+
+def many_samples(run: Path, sets: dict[str, list]) -> dict[str, np.ndarray]:
+    """Images only."""
+    run_all_well(run, {name: Sampling(options(run, name, *more)) for name, more in sets.items()})
+    return {name: read(run, name)["arr_0"] for name in sets}
 
 
 @pytest.fixture(scope="module")
@@ -81,49 +89,58 @@ def gaussian_run(tmp_path_factory, latents) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gaussian_samples(gaussian_run) -> dict[str, np.ndarray]:
-    return samples(gaussian_run, "one", 1, "--batch-size", 5, threads=2)
+def one(gaussian_run) -> dict[str, np.ndarray]:
+    return samples(gaussian_run, "one", 1, "--batch-size", 5, OMP_NUM_THREADS="2")
+
+
+@pytest.fixture(scope="module")
+def others(gaussian_run) -> dict[str, np.ndarray]:
+    """Sets that differ from ``one`` in an option."""
+    from tools.convert_checkpoint import to_authors
+
+    published = gaussian_run / "authors.pt"
+    to_authors(gaussian_run, published)
+    sets = {
+        "another seed": ["--seed", 1],
+        "guided everywhere": ["sample.guidance_interval=[0,1000]"],
+        "guided early": ["sample.guidance_interval=[500,1000]"],
+        "unguided": ["sample.cfg_scale=1.0"],
+        "ddim": ["sample.sampler=ddim"],
+        "ddim in bfloat16": ["sample.dtype=bfloat16", "sample.sampler=ddim"],
+        "published": ["--weights", published, "--config", gaussian_run / "config.yaml"],
+    }
+    return many_samples(gaussian_run, sets)
 
 
 @pytest.mark.world_size(3)
-def test_the_set_of_images_depends_on_nothing_but_the_seed(gaussian_run, gaussian_samples):
+def test_the_set_of_images_depends_on_nothing_but_the_seed(gaussian_run, one, others):
     """Not on the number of processes, of threads, or (which a CPU takes for another) the batch size."""
     three = samples(gaussian_run, "three", 3, "--batch-size", 4)
     assert (gaussian_run / "one.npz").read_bytes() == (gaussian_run / "three.npz").read_bytes()
-    assert gaussian_samples["arr_0"].shape == (NUM_IMAGES, SIZE, SIZE, 3)
-    assert gaussian_samples["arr_1"].tolist() == [i % 3 for i in range(NUM_IMAGES)]
+    assert one["arr_0"].shape == (NUM_IMAGES, SIZE, SIZE, 3)
+    assert one["arr_1"].tolist() == [i % 3 for i in range(NUM_IMAGES)]
     assert len({image.tobytes() for image in three["arr_0"]}) == NUM_IMAGES
     main_colour = three["arr_0"].mean((1, 2)).argmax(1)
     assert (main_colour == three["arr_1"]).mean() > 0.9  # chance: 0.33; so short a training misses one of 33
-    other = samples(gaussian_run, "other", 1, "--seed", 1)
-    assert not np.array_equal(other["arr_0"], three["arr_0"])
+    assert not np.array_equal(others["another seed"], three["arr_0"])
 
 
-def test_guidance_in_an_interval(gaussian_run, gaussian_samples):
-    everywhere = samples(gaussian_run, "everywhere", 1, "sample.guidance_interval=[0,1000]")["arr_0"]
-    early = samples(gaussian_run, "early", 1, "sample.guidance_interval=[500,1000]")["arr_0"]
-    unguided = samples(gaussian_run, "unguided", 1, "sample.cfg_scale=1.0")["arr_0"]
-    assert np.array_equal(everywhere, gaussian_samples["arr_0"])
-    assert not np.array_equal(early, everywhere) and not np.array_equal(early, unguided)
+def test_guidance_in_an_interval(one, others):
+    everywhere, early = others["guided everywhere"], others["guided early"]
+    assert np.array_equal(everywhere, one["arr_0"])
+    assert not np.array_equal(early, everywhere) and not np.array_equal(early, others["unguided"])
 
 
-def test_sampling_in_bfloat16(gaussian_run, gaussian_samples):
-    bfloat16 = samples(gaussian_run, "bfloat16", 1, "sample.dtype=bfloat16", "sample.sampler=ddim")["arr_0"]
-    float32 = samples(gaussian_run, "float32", 1, "sample.sampler=ddim")["arr_0"]
-    difference = np.abs(bfloat16.astype(int) - float32)
+def test_sampling_in_bfloat16(one, others):
+    difference = np.abs(others["ddim in bfloat16"].astype(int) - others["ddim"])
     assert 0 < difference.mean() < 8  # of 255 levels
-    assert not np.array_equal(float32, gaussian_samples["arr_0"])
+    assert not np.array_equal(others["ddim"], one["arr_0"])
 
 
-def test_published_weights(gaussian_run, gaussian_samples, tmp_path):
+def test_published_weights(gaussian_run, one, others):
     """What the authors' names hold gives the same images as the run that they were made of."""
-    from tools.convert_checkpoint import to_authors
-
-    to_authors(gaussian_run, tmp_path / "authors.pt")
-    command = ["switchdit/sample.py", "--weights", tmp_path / "authors.pt", "--config", gaussian_run / "config.yaml"]
-    command += ["--out", tmp_path / "samples.npz", "--num-samples", NUM_IMAGES]
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment(), check=True, capture_output=True)
-    assert (tmp_path / "samples.npz").read_bytes() == (gaussian_run / "one.npz").read_bytes()
+    assert np.array_equal(others["published"], one["arr_0"])
+    assert (gaussian_run / "published.npz").read_bytes() == (gaussian_run / "one.npz").read_bytes()
 
 
 def test_the_autoencoder_must_be_that_of_the_latents_where_it_is_known(gaussian_run, monkeypatch):
@@ -176,8 +193,8 @@ def test_diff_moe_by_rectified_flow(tmp_path, latents):
         diffusion={"process": "rectified_flow", "schedule": "cosine"},
         sample={"sampler": "euler", "num_steps": 10},
     )
-    one = samples(run, "one", 1, "--batch-size", 5)["arr_0"]
+    found = many_samples(run, {"one": ["--batch-size", 5], "interval": ["sample.guidance_interval=[0,500]"]})
+    one = found["one"]
     assert (one.mean((1, 2)).argmax(1) == np.arange(NUM_IMAGES) % 3).all()
     assert np.array_equal(one, samples(run, "three", 3, "--batch-size", 4)["arr_0"])
-    interval = samples(run, "interval", 1, "sample.guidance_interval=[0,500]")["arr_0"]
-    assert not np.array_equal(interval, one)
+    assert not np.array_equal(found["interval"], one)

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import re
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from switchdit.errors import FaultError, UserError, exit_on_user_error
 HANG, PEER = 5.0, 4.0  # seconds of timeout
 FULL = "no space left on the disk that holds /d/f; nothing half-written was kept"
 SPARE = 3.0  # seconds that a busy machine may need beyond what is promised
+ONE_THREAD = threading.Lock()  # starts a process or asks for its end: start() asks all, and only one is answered
 
 WHO = r"error: rank {} \(host \S+, pid {}\) "
 ENDED = WHO + r"ended without a word; last seen in step \d, forward"
@@ -87,14 +90,16 @@ def run(folder: Path, fault: str, rank: str, num_processes: int) -> Ended:
         variables = {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}
         arguments = (variables, str(output), fault, rank, str(HANG), str(PEER), str(fault_file))
         processes.append(context.Process(target=start_rank, args=arguments))
-        processes[-1].start()
+        with ONE_THREAD:
+            processes[-1].start()
     for r, process in enumerate(processes):
         if not (fault == "stop" and rank == str(r)):
-            process.join(60)
+            connection.wait([process.sentinel], 60)
     ended = time.monotonic()
-    for process in processes:
-        process.kill()
-        process.join()
+    with ONE_THREAD:
+        for process in processes:
+            process.kill()
+            process.join()
     return Ended(
         [process.exitcode for process in processes],
         [process.pid for process in processes],

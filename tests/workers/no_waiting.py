@@ -122,7 +122,7 @@ def main() -> None:
     prepare()
     codes = []
     for run in runs:
-        pid = fork_rank(0, 1, free_port(), run["argv"], Path(run["output"]), lambda run=run: watch(run))
+        pid = fork_rank(0, 1, free_port(), run["argv"], Path(run["output"]), before=lambda run=run: watch(run))
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     print(json.dumps(codes))
 

@@ -107,7 +107,7 @@ for run in json.loads(Path(sys.argv[1]).read_text()):
     outputs = [Path(f"{output}.{rank}") for rank in ranks]
     before = [run["group_size"], output]
     pids = [
-        fork_rank(rank, len(ranks), port, run["argv"], outputs[rank], lambda before=before: plant(*before))
+        fork_rank(rank, len(ranks), port, run["argv"], outputs[rank], before=lambda before=before: plant(*before))
         for rank in ranks
     ]
     codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])

@@ -45,11 +45,14 @@ def bug() -> None:
 
 def pause() -> None:
     """Stopped, and continued from outside long before the timeout."""
+    stopped = os.getpid()
     if os.fork() == 0:
+        while Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
         time.sleep(0.7)
-        os.kill(os.getppid(), signal.SIGCONT)
+        os.kill(stopped, signal.SIGCONT)
         os._exit(0)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    os.kill(stopped, signal.SIGSTOP)
 
 
 FAULTS = {
