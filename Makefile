@@ -23,9 +23,11 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# what takes minutes: the metric protocol on a full-size network, a comparison of systems, more processes and precisions
+# what takes minutes: the metric protocol on a full-size network, a comparison of systems, more processes and precisions;
+# then a search for inputs that break a property, other ones each time
 test-slow: setup
 	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m "hypothesis and not slow" -n 2 --hypothesis-profile search
 
 # 100 tiny trainings, each killed or damaged at a random point and resumed (5 to 10 minutes): [ARGS="--runs 200 --seed 1"]
 faults: setup

@@ -52,12 +52,14 @@ export DS_ACCELERATOR OMP_NUM_THREADS
 slots=(--num_accelerators "$NPROC")
 [ -n "$devices" ] && slots=(--include "localhost:$(cut -d, -f1-"$NPROC" <<<"$devices")")
 command=(deepspeed "${slots[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$@")
-[ -z "${LOG:-}" ] || exec > >(trap '' HUP && exec tee -ia "$LOG") 2>&1
+if [ -n "${LOG:-}" ]; then
+    exec > >(trap '' HUP && exec tee -ia "$LOG") 2>&1
+    copier=$!
+fi
 echo "+ ${command[*]}"
 code=0
 keep_running deepspeed_workers "${command[@]}" || code=$?
 if [ -n "${LOG:-}" ]; then # everything is in the file when this script ends
-    copier=$!
     exec >&- 2>&-
     wait "$copier" || true
 fi

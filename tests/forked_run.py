@@ -157,7 +157,7 @@ def run_launched(config: Path, run_dir: Path, folder: Path, fault: Fault | None,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     return Ended([done.returncode], done.stdout, [])

@@ -9,20 +9,30 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
+from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = Path(__file__).parent / "workers"
+GIVEN, GIVING = deque(maxlen=100), threading.Lock()  # ports
 
 
 def free_port() -> int:
-    """For a launcher, which takes it seconds later: none of those that the system gives to others meanwhile."""
+    """For a launcher, which takes it seconds later: none of those that the system gives to others meanwhile.
+
+    Nor one that was given a while ago: whose processes may still be on their way to it.
+    """
     first = 15_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
         port = first + secrets.randbelow(1_000)
-        with contextlib.suppress(OSError), socket.socket() as s:
-            s.bind(("127.0.0.1", port))
-            return port
+        with GIVING:
+            if port in GIVEN:
+                continue
+            with contextlib.suppress(OSError), socket.socket() as s:
+                s.bind(("127.0.0.1", port))
+                GIVEN.append(port)
+                return port
 
 
 def launch_command(num_processes: int, script: str | Path, *arguments: object) -> list[str]:
@@ -42,15 +52,17 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
 
 
-def launch(num_processes: int, script: str | Path, *arguments: object, timeout: float = 240, **variables: str):
+def launch(num_processes: int, script: str | Path, *arguments: object, timeout: float = 900, **variables: str):
     """Run to the end and return the completed process with its output as text."""
     command = launch_command(num_processes, script, *arguments)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = {**alone, "MASTER_PORT": str(free_port())} if num_processes == 1 else {}
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=timeout
+        command, cwd=ROOT, env=environment(**ranks, **variables), capture_output=True, text=True, timeout=timeout
     )
 
 
-def launched(num_processes: int, script: str | Path, *arguments: object, timeout: float = 240, **variables: str):
+def launched(num_processes: int, script: str | Path, *arguments: object, timeout: float = 900, **variables: str):
     """As `launch`, and the program must succeed."""
     done = launch(num_processes, script, *arguments, timeout=timeout, **variables)
     assert done.returncode == 0, (
@@ -67,7 +79,7 @@ def told_of_mistakes(program: str, command_lines: list[list[str]]) -> list[str]:
         env=environment(MASTER_PORT=str(free_port())),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

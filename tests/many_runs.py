@@ -39,7 +39,7 @@ class Ended(NamedTuple):
     output: str
 
 
-def run_all(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 600) -> dict[str, Ended]:
+def run_all(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 900) -> dict[str, Ended]:
     """One run after the other; exit codes of all ranks, and what they printed."""
     todo = [_described(run, folder / f"{name}.txt") for name, run in runs.items()]
     (folder / "runs.json").write_text(json.dumps(todo))
@@ -57,7 +57,7 @@ def run_all(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 6
     return {name: Ended(code, (folder / f"{name}.txt").read_text()) for name, code in zip(runs, codes, strict=True)}
 
 
-def run_all_well(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 600) -> None:
+def run_all_well(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 900) -> None:
     """As `run_all`, and every rank must end with 0."""
     for name, ended in run_all(folder, runs, timeout).items():
         assert not any(ended.codes), (name, ended.codes, ended.output[-3000:])

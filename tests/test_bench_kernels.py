@@ -213,7 +213,7 @@ def test_a_mixture_that_is_missing_is_told(capsys, monkeypatch):
 def test_the_step_benchmark():
     """In a process of its own: an engine starts torch.distributed, and DeepSpeed keeps what it made of it."""
     command = [sys.executable, bench_step.__file__, *TINY, *QUICK, "--activation_checkpointing", "2"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     *lines, last = run.stdout.splitlines()
     told = json.loads(last)

@@ -163,10 +163,16 @@ def test_the_folder_gets_its_name_as_soon_as_the_last_list_is_there(tmp_path, mo
 
 def test_a_folder_that_was_deleted_and_made_again_is_not_waited_for(tmp_path):
     """By a later start of the run, and then by a process of this one that had a file to write."""
-    partial, slow = tmp_path / "partial", threading.Event()
-    files = {1: {"slow.pt": lambda file: slow.wait() and file.write(b"slow") and None}}
-    first, second = write_by(2, partial, lambda files: pytest.fail("incomplete"), files)
+    partial, begun, slow = tmp_path / "partial", threading.Event(), threading.Event()
+
+    def write_slowly(file) -> None:
+        begun.set()
+        slow.wait()
+        file.write(b"slow")
+
+    first, second = write_by(2, partial, lambda files: pytest.fail("incomplete"), {1: {"slow.pt": write_slowly}})
     assert first.wait_until_written() is None
+    begun.wait()  # the second writes nothing more into the folder
     shutil.rmtree(partial)
     partial.mkdir()
     first.wait_until_finished()

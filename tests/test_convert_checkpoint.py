@@ -169,6 +169,6 @@ def test_the_program_starts_as_a_file(tmp_path):
         "--out",
         "x.safetensors",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: checkpoint 'absent.pt' does not exist"

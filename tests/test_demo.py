@@ -27,7 +27,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
         env=environment(MASTER_PORT=str(free_port())),
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

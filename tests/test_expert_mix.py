@@ -52,7 +52,8 @@ def test_merging_is_exact(form, data):
     args = inputs(n, tokens, width, experts, top_k, torch.float64, data.draw(st.integers(0, 2**31 - 1)), same)
     merged, plain = outputs(form, args), outputs(reference, args)
     torch.testing.assert_close(merged, plain, rtol=1e-12, atol=1e-12)
-    upstream = [torch.randn_like(out) for out in merged]
+    rng = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(out.shape, generator=rng, dtype=torch.float64) for out in merged]
     ours, theirs = (gradients(f, args, upstream) for f in (form, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
@@ -61,16 +62,18 @@ def test_merging_is_exact(form, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_separate_products(form, dtype):
     form, reference = FORMS[form]
-    args = inputs(8, 64, 96, 4, 3, dtype)
+    width = 96
+    args = inputs(8, 64, width, 4, 3, dtype)
     exact = [a.detach().double().requires_grad_() for a in args]
-    upstream = [torch.randn_like(out) for out in outputs(form, args)]
+    rng = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(out.shape, generator=rng, dtype=dtype) for out in outputs(form, args)]
     truth = *outputs(reference, exact), *gradients(reference, exact, [u.double() for u in upstream])
     ours = *outputs(form, args), *gradients(form, args, upstream)
     plain = *outputs(reference, args), *gradients(reference, args, upstream)
     for name, true, mine, theirs in zip([*["out"] * len(upstream), *"zwbg"], truth, ours, plain, strict=True):
         allowed = 2 * (theirs.double() - true).norm()
-        if form is linear_mixture and name == "g":  # one sum over D^2 products
-            allowed = max(allowed, 1e-6 * true.norm())
+        if form is linear_mixture and name == "g":  # one sum of D^2 products of either sign, about D times its terms
+            allowed = max(allowed, 2**-24 * width * true.norm())
         assert (mine.double() - true).norm() <= allowed, name
 
 

@@ -341,7 +341,7 @@ def test_killed_run_continues_to_the_same_bytes(photos, vae, extracted, tmp_path
         cwd=PROGRAM.parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert process.returncode == -signal.SIGKILL
     assert any(path.suffix == ".partial" for path in out.iterdir())

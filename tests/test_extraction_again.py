@@ -289,7 +289,7 @@ def launch(*argv, processes=2):
         env=environment(NPROC=str(processes), MASTER_PORT=str(free_port())),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -33,8 +33,8 @@ def photos(tmp_path_factory):
 
 
 def options(photos, out, *more):
-    """22 shards, and no autoencoder, which takes seconds to be imported."""
-    return [*arguments(photos, out, "pixels", "--shard-size", "2"), *more]
+    """43 shards, and no autoencoder, which takes seconds to be imported."""
+    return [*arguments(photos, out, "pixels", "--shard-size", "1"), *more]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_two_processes_write_the_bytes_of_one(photos, whole, tmp_path):
 @pytest.mark.slow  # the launcher and its processes take ten seconds to start, each time
 def test_ten_kills_of_two_processes_under_the_launcher(photos, tmp_path):
     out, chance, log, killed = tmp_path / "latents", random.Random(10), tmp_path / "log", 0
-    large = ["--workers", "1", "--image-size", "512", "--shard-size", "1"]  # 43 shards that take their time
+    large = ["--workers", "1", "--image-size", "512"]  # shards that take their time
 
     def launch():
         argv = options(photos, out, *large)

@@ -24,7 +24,7 @@ CAMPAIGN = ROOT / "tests/fault_campaign.py"
 
 def campaign(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, CAMPAIGN, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, CAMPAIGN, *map(str, arguments)], capture_output=True, text=True, timeout=1800, check=False
     )
 
 

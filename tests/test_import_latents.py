@@ -428,6 +428,14 @@ def test_zip_files_that_lie(tmp_path):
         (tmp_path / "b.zip").write_bytes(honest.replace(size, lie))
         with pytest.raises(UserError, match=r"img-mean-std-00000000.npy|not a sound zip file"):
             run(tmp_path / "b.zip", tmp_path / "out")
+    (folder / edm2_name(0)).write_bytes(b"\0\0\5\0" + b"\xff" * 60)  # of lzma's decoder a length and wrong settings
+    wrong = zipped(folder, tmp_path / "a.zip").read_bytes()
+    for method in (8, 12, 14, 97):  # deflated, bzip2, lzma, unknown; it is stored
+        told = bytearray(wrong)
+        told[wrong.index(b"PK\x01\x02") + 10] = method
+        (tmp_path / "b.zip").write_bytes(told)
+        with pytest.raises(UserError, match=r"img-mean-std-00000000\.npy' is damaged"):
+            run(tmp_path / "b.zip", tmp_path / "out")
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
         archive.writestr("dataset.json", "{}")
     with pytest.raises(UserError, match="files of the same name"):

@@ -47,7 +47,7 @@ def watched(folder: Path, runs: list[dict], **variables: str) -> subprocess.Comp
     (folder / "runs.json").write_text(json.dumps(runs))
     return subprocess.run(
         [sys.executable, str(WORKERS / "no_waiting.py"), str(folder / "runs.json")],
-        cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 

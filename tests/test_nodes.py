@@ -74,7 +74,7 @@ def training(config: Path) -> list[str]:
     return ["switchdit/train.py", "--config", str(config), "--deepspeed_config", DS_CONFIG]
 
 
-def run(*command: object, timeout: float = 330, **variables: str) -> subprocess.CompletedProcess:
+def run(*command: object, timeout: float = 900, **variables: str) -> subprocess.CompletedProcess:
     words = [str(word) for word in command]
     return subprocess.run(
         words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=timeout, check=False
@@ -153,7 +153,7 @@ def namespaces() -> str | None:
     """Why machines cannot be made here, or None."""
     tried = "unshare --uts ip link add cable0 type veth peer name cable1 && mount -t tmpfs none /mnt"
     try:
-        done = subprocess.run([*UNSHARE, "sh", "-c", tried], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run([*UNSHARE, "sh", "-c", tried], capture_output=True, text=True, timeout=60, check=False)
     except OSError as problem:
         return str(problem)
     return done.stderr.strip() or "not permitted" if done.returncode else None

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import contextlib
 import functools
 import importlib
 import io
@@ -187,13 +188,29 @@ def test_methods_of_a_state_dict_cannot_be_shadowed(tmp_path):
     assert same(read_weights(tmp_path / "w.pt")[0], sound)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), file_format=st.sampled_from(list(FORMATS)))
-def test_damage_ends_in_one_line(tmp_path, data, file_format):
+def to_be_damaged(file_format: str) -> bytearray:
     buffer = io.BytesIO()
     content = {"ema": {"w": torch.arange(6.0).view(2, 3)}, "args": argparse.Namespace(x={1}, p=Path("q"), n=np.ones(2))}
     torch.save(content, buffer, _use_new_zipfile_serialization=FORMATS[file_format])
-    damaged = bytearray(buffer.getvalue())
+    return bytearray(buffer.getvalue())
+
+
+@pytest.mark.parametrize("value", [0, 8, 12, 14, 255])
+def test_a_wrong_byte_anywhere_in_the_directory_is_the_users_mistake_or_none(tmp_path, value):
+    """Names of members, and the methods (8, 12, 14: deflated, bzip2, lzma) of those that are stored."""
+    content = to_be_damaged("zip")
+    for position in range(content.index(b"PK\x01\x02"), len(content)):
+        damaged = content.copy()
+        damaged[position] = value
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            read_weights(tmp_path / "damaged.pt")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), file_format=st.sampled_from(list(FORMATS)))
+def test_damage_ends_in_one_line(tmp_path, data, file_format):
+    damaged = to_be_damaged(file_format)
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     del damaged[data.draw(st.integers(0, len(damaged))) or len(damaged) :]

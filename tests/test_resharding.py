@@ -93,7 +93,7 @@ def runs(tmp_path_factory) -> Path:
     (folder / "runs.json").write_text(json.dumps(list(todo.values())))
     done = subprocess.run(
         [sys.executable, str(WORKERS / "resharding.py"), str(folder / "runs.json")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for name, codes in zip(todo, json.loads(done.stdout.splitlines()[-1]), strict=True):

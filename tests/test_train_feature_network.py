@@ -46,7 +46,7 @@ def test_digits_are_recognised(tmp_path, capsys):
     arguments = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "digits.safetensors"), "--steps", "40"]
     train_feature_network.main(arguments)
     network = load_feature_network(tmp_path / "digits.safetensors")
-    assert network.architecture.training["held_out_accuracy"] >= 0.985
+    assert network.architecture.training["held_out_accuracy"] >= 0.97  # of 355; chance: 0.1
     assert network.architecture.class_names == [str(i) for i in range(10)]
     assert "of the 355 held-out images recognised" in capsys.readouterr().out
 

@@ -35,7 +35,7 @@ ONE_THREAD = threading.Lock()  # starts a process or asks for its end: start() a
 WHO = r"error: rank {} \(host \S+, pid {}\) "
 ENDED = WHO + r"ended without a word; last seen in step \d, forward"
 SILENT = WHO + r"has given no sign of life for 4 s; last seen in step \d, forward"
-PLACE = r"step 5, forward, at tests/workers/watchdog\.py:\d+ {}"
+PLACE = r"step 9, forward, at tests/workers/watchdog\.py:\d+ {}"
 HANGS = WHO + r"has made no progress for 5 s: " + PLACE + "; the others wait for it"
 
 # What befalls which rank of how many; the codes of all ranks; who tells it; what; the seconds until all have ended.
@@ -53,13 +53,13 @@ FAULTS = {
         ("receive", "all", 3),
         [1, 1, 1],
         [0],
-        r"error: no progress for 5 s of any rank, all wait for each other: ranks 0-2 in step 5, forward, "
+        r"error: no progress for 5 s of any rank, all wait for each other: ranks 0-2 in step 9, forward, "
         r"at tests/workers/watchdog\.py:\d+ everyone_receives",
         HANG + 2,
     ),
     "mistake": (("mistake", "1", 3), [2, 2, 2], [0], r"error: \(process 1\) latents/shard_7.npy is damaged", 4),
     "mistake of all": (("mistake", "all", 3), [2, 2, 2], [0], r"error: latents/shard_7.npy is damaged", 2),
-    "bug": (("bug", "1", 2), [1, 1], [0], WHO.format(1, "{pid}") + "ended in step 5, forward: ValueError: of ours", 4),
+    "bug": (("bug", "1", 2), [1, 1], [0], WHO.format(1, "{pid}") + "ended in step 9, forward: ValueError: of ours", 4),
 }
 HEALTHY = {
     "ends at different moments": ("none", "all", 3),

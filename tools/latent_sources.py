@@ -7,6 +7,7 @@ in dataset.json when it is that of a file found in the folder or archive.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import stat
@@ -38,6 +39,7 @@ DAMAGED = (
     EOFError,
     RuntimeError,
     NotImplementedError,
+    lzma.LZMAError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,

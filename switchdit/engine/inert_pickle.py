@@ -9,6 +9,7 @@ bytes are read for those alone that the caller chooses: the state of an optimize
 from __future__ import annotations
 
 import functools
+import lzma
 import math
 import pickle
 import struct
@@ -38,6 +39,7 @@ DAMAGE = (
     RuntimeError,
     TypeError,
     ValueError,
+    lzma.LZMAError,
     pickle.PickleError,
     struct.error,
     zipfile.BadZipFile,
@@ -188,7 +190,10 @@ def read_tensors(path: Path, choose: Callable[[Any], dict[str, TensorRecord]]) -
 def _read_zip(file: IO[bytes], path: Path, choose: Callable) -> dict[str, Tensor]:
     """``<root>/data.pkl`` and one member ``<root>/data/<key>`` for each storage."""
     with zipfile.ZipFile(file) as archive:
-        root = next(n for n in [*archive.namelist(), ""] if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+        if not roots:
+            raise zipfile.BadZipFile("no data.pkl")
+        root = roots[0]
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"checkpoint '{path}' was written on a big-endian machine, which is not supported")
         with archive.open(f"{root}data.pkl") as data:

@@ -1,6 +1,6 @@
 """Steps of a collective under a watchdog, and what may become of them: watchdog.py FAULT RANK HANG_TIMEOUT PEER_TIMEOUT
 
-The fault befalls that one rank in its step 5, or all ranks where RANK is "all".
+The fault befalls that one rank in its step 9, or all ranks where RANK is "all".
 """
 
 import os
@@ -19,7 +19,7 @@ from switchdit.engine.engine import init_processes, leave
 from switchdit.engine.watchdog import Watchdog
 from switchdit.errors import UserError, exit_on_user_error
 
-STEPS, FAULTY_STEP = 20, 5
+STEPS, FAULTY_STEP = 20, 9  # signs of life come every 4 steps
 
 
 def sleep() -> None:
