@@ -34,6 +34,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several processes share the cores
 os.environ["SWITCHDIT_CACHE"] = CACHE.name
 
 

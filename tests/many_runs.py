@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pytest
 from launching import ROOT, WORKERS, environment
 
 
@@ -40,28 +43,35 @@ class Ended(NamedTuple):
 
 
 def run_all(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 900) -> dict[str, Ended]:
-    """One run after the other; exit codes of all ranks, and what they printed."""
-    todo = [_described(run, folder / f"{name}.txt") for name, run in runs.items()]
-    (folder / "runs.json").write_text(json.dumps(todo))
-    done = subprocess.run(
-        [sys.executable, str(WORKERS / "forked_runs.py"), str(folder / "runs.json")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    """One run after the other, ``timeout`` seconds for each; exit codes of all ranks, and what they printed."""
+    ended = {}
+    for name, run in runs.items():
+        output = folder / f"{name}.txt"
+        about = {"program": run.program, "world_size": run.processes, "argv": run.argv, "output": str(output)}
+        server = _server()
+        server.stdin.write(json.dumps(about) + "\n")
+        server.stdin.flush()
+        out_of_time = threading.Timer(timeout, server.kill)
+        out_of_time.start()
+        answer = server.stdout.readline()
+        out_of_time.cancel()
+        if not answer:
+            _server.cache_clear()
+            pytest.fail(f"{name}: no end after {timeout} s, or a fault of tests/workers/forked_runs.py itself")
+        ended[name] = Ended(json.loads(answer), output.read_text())
+    return ended
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """Lives as long as this process."""
+    command = [sys.executable, str(WORKERS / "forked_runs.py")]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return {name: Ended(code, (folder / f"{name}.txt").read_text()) for name, code in zip(runs, codes, strict=True)}
 
 
 def run_all_well(folder: Path, runs: Mapping[str, Run | Sampling], timeout: float = 900) -> None:
     """As `run_all`, and every rank must end with 0."""
     for name, ended in run_all(folder, runs, timeout).items():
         assert not any(ended.codes), (name, ended.codes, ended.output[-3000:])
-
-
-def _described(run: Run | Sampling, output: Path) -> dict[str, Any]:
-    return {"program": run.program, "world_size": run.processes, "argv": run.argv, "output": str(output)}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 RECORD = "training.json"
 LATENT_CHANNELS = 4
+MEASURED = 512  # images at most, of which reconstructions are compared
 
 # N = images, S = pixels of a side, C = latent channels
 
@@ -141,10 +142,13 @@ def measure_latents(model: AutoencoderKL, images: np.ndarray) -> dict[str, list[
 
 
 def measure_reconstructions(model: AutoencoderKL, images: np.ndarray) -> float:
-    """Mean absolute error of reconstructions from the posterior's mean, over the same, in levels of 255."""
+    """Mean absolute error of reconstructions from the posterior's mean, in levels of 255.
+
+    Over `MEASURED` of the images, evenly spaced, and their mirror images.
+    """
     import torch
 
-    absolute = 0.0
+    absolute, images = 0.0, images[:: math.ceil(len(images) / MEASURED)]
     with torch.no_grad():
         for batch in mirrored_batches(images):
             again = model.decode(model.encode(batch).latent_dist.mean).sample.clamp(-1, 1)

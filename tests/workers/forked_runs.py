@@ -1,7 +1,8 @@
-"""Training and sampling, one run after the other, from one import of everything: forked_runs.py RUNS.json
+"""Training and sampling, one run after the other, from one import of everything, until standard input ends.
 
-RUNS.json: [{"program": "train", "world_size": 2, "argv": ["--config", ...], "output": "file"}, ...]; the last line has
-their exit codes. Each rank writes into a file of its own, "file.RANK"; all together are then "file".
+A line of it is a run: {"program": "train", "world_size": 2, "argv": ["--config", ...], "output": "file"}; what is
+printed after it are the exit codes of its ranks. Each rank writes into a file of its own, "file.RANK"; all together are
+then "file".
 """
 
 import json
@@ -17,11 +18,11 @@ from forked_run import fork_rank, prepare
 from launching import free_port
 
 prepare()
-codes = []
-for run in json.loads(Path(sys.argv[1]).read_text()):
+for line in sys.stdin:
+    run = json.loads(line)
     ranks, port = range(run["world_size"]), free_port()
     outputs = [Path(f"{run['output']}.{rank}") for rank in ranks]
     pids = [fork_rank(rank, len(ranks), port, run["argv"], outputs[rank], run["program"]) for rank in ranks]
-    codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     Path(run["output"]).write_text("".join(output.read_text(errors="replace") for output in outputs))
-print(json.dumps(codes))
+    print(json.dumps(codes), flush=True)
