@@ -12,7 +12,6 @@ With --folder the run stays there, with the launcher's output in output.txt and 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import psutil
 from switchdit.errors import UserError, exit_on_user_error
 from switchdit.files import write_json
 from tests.launching import ROOT, environment, launch_command
-from tests.tiny_run import write_config, write_latents
+from tests.tiny_run import steps_done, write_config, write_latents
 from tools.command_line import interrupt_on_sigterm
 
 TOLERANCE = 0.01  # of the memory
@@ -131,13 +130,6 @@ def workers(launcher: int) -> dict[int, psutil.Process]:
         except psutil.Error:  # it has just ended
             continue
     return dict(sorted(found.items()))
-
-
-def steps_done(log: Path) -> int:
-    """Of the last whole line of a run's log, 0 without one."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [line for line in lines[-2:] if line.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def parts(readings: list[Reading], warm_up: int) -> list[list[Reading]]:

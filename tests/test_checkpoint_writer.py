@@ -172,7 +172,7 @@ def test_a_folder_that_was_deleted_and_made_again_is_not_waited_for(tmp_path):
 
     first, second = write_by(2, partial, lambda files: pytest.fail("incomplete"), {1: {"slow.pt": write_slowly}})
     assert first.wait_until_written() is None
-    begun.wait()  # the second writes nothing more into the folder
+    assert begun.wait(60)  # the second writes nothing more into the folder
     shutil.rmtree(partial)
     partial.mkdir()
     first.wait_until_finished()

@@ -245,14 +245,13 @@ def test_the_log_is_whole_when_the_launcher_ends(recorder, tmp_path):
     (tmp_path / "bin/tee").write_text(f'#!/bin/bash\nsleep 1\nexec {shutil.which("tee")} "$@"\n')
     (tmp_path / "bin/tee").chmod(0o755)
     log = tmp_path / "log"
-    done = subprocess.run(
+    subprocess.run(
         [Path(recorder["REPOSITORY"]) / "launchers/single_node.sh", "a.py"],
         env=clean({**recorder, "NPROC": "1", "DS_ACCELERATOR": "cpu", "LOG": str(log)}),
         stdout=subprocess.DEVNULL,
         timeout=60,
         check=True,
     )
-    assert done.returncode == 0
     assert log.read_text().endswith("deepspeed was given: --num_accelerators 1 a.py\n")
 
 

@@ -1,7 +1,9 @@
 """What the soak calls flat. The soak itself is a program: python tests/soak.py."""
 
 import pytest
-from soak import Reading, parts, report, steps_done, verdict
+
+from tests.soak import Reading, parts, report, verdict
+from tests.tiny_run import steps_done
 
 
 def readings(count: int = 60, memory=lambda step: 500_000_000, files=lambda step: 30) -> dict[int, list[Reading]]:

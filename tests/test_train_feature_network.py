@@ -43,10 +43,10 @@ def test_digits_are_recognised(tmp_path, capsys):
         (tmp_path / "digits" / str(label)).mkdir(parents=True, exist_ok=True)
         levels = np.floor(image * 255 / 16 + 0.5).astype(np.uint8)
         Image.fromarray(levels).save(tmp_path / "digits" / str(label) / f"{i:04d}.png")
-    arguments = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "digits.safetensors"), "--steps", "40"]
+    arguments = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "digits.safetensors"), "--steps", "60"]
     train_feature_network.main(arguments)
     network = load_feature_network(tmp_path / "digits.safetensors")
-    assert network.architecture.training["held_out_accuracy"] >= 0.97  # of 355; chance: 0.1
+    assert network.architecture.training["held_out_accuracy"] >= 0.985
     assert network.architecture.class_names == [str(i) for i in range(10)]
     assert "of the 355 held-out images recognised" in capsys.readouterr().out
 

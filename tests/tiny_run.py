@@ -69,3 +69,10 @@ def read_log(run_dir: Path) -> dict[int, dict[str, float]]:
     """Everything logged, by step, without the speed."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return {line.pop("step"): {k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines}
+
+
+def steps_done(log: Path) -> int:
+    """Of the last whole line of a run's log, 0 without one."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0

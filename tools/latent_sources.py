@@ -7,13 +7,10 @@ in dataset.json when it is that of a file found in the folder or archive.
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import re
 import stat
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ import numpy as np
 from switchdit.data.npy_header import parse_npy_header
 from switchdit.errors import UserError
 from switchdit.progress import progress
+from tools.array_files import DAMAGED
 
 # N = images, (C, h, w) = latent shape
 
@@ -33,17 +31,6 @@ NUMBERED = re.compile(r"\d{1,12}\.npy")
 LARGEST_FILE, LARGEST_JSON, LARGEST_LABEL = 1 << 26, 1 << 29, 1 << 24  # bytes, bytes, classes
 LONGEST_NAME = 250
 THREADS, CHUNK = 8, 64  # files are read in threads, CHUNK by each: that hides the latency of disks
-DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    lzma.LZMAError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from tiny_run import steps_done
+
 HOSTS = (
     "127.0.0.1 localhost\n10.77.0.1 nodea\n10.77.0.2 nodeb\n",
     "127.0.0.1 localhost\n10.77.0.1 nodea\n127.0.1.1 nodeb\n",
 )
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 600  # seconds
 
 
@@ -51,12 +55,6 @@ def set_up(shared: Path) -> list[subprocess.Popen]:
             {"" if needs_tmp else "mount -t tmpfs none /tmp"}"""
         subprocess.run(inside(machine, "sh", "-ec", steps), check=True)
     return machines
-
-
-def steps_done(log: Path) -> int:
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [line for line in lines[-2:] if line.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def main() -> None:
